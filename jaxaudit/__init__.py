@@ -1,0 +1,48 @@
+"""Replay a recorded low-precision training run, step by step and bit by bit.
+
+    recording = jaxaudit.open_recording("run.safetensors")
+    groups = jaxaudit.open_token_groups("groups.safetensors")
+    dataset = jaxaudit.audit(recording, groups)
+
+Names are imported when they are first used: opening a recording does not import JAX.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Arithmetic": "arithmetics",
+    "CATALOGUE": "arithmetics",
+    "Options": "arithmetics",
+    "audit": "auditing",
+    "identify": "auditing",
+    "BackendError": "devices",
+    "FileError": "safetensors_file",
+    "Recorder": "recorders.pytorch",
+    "Recording": "recording",
+    "TokenGroups": "recording",
+    "open_recording": "recording",
+    "open_token_groups": "recording",
+    "sample_paths": "recording",
+    "token_groups_of": "recording",
+    "SelfTestError": "replay",
+    "load": "results",
+    "save": "results",
+    "describe": "summary",
+    "summarize": "summary",
+}
+_MODULES = ("plots", "recorders", "results", "summary")
+
+__all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,271 @@
+"""What a replayed window is compared by: counts, ulp distances and norms, per row and then per token group.
+
+Nothing here depends on how many steps a window has or how many cores there are. XLA's own reductions would:
+they split by thread and by shape, and lose the roundings before them. Rows are therefore summed by element-wise
+additions of their slices in a fixed order, in float64, and groups by NumPy's pairwise sum along one axis.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.operations import (
+    Float32Operations,
+    Float64Operations,
+    Operations,
+    compile_exactly,
+    narrow_patterns,
+    widen_patterns,
+)
+from jaxaudit.recording import TokenGroups
+from jaxaudit.replay import Formulation
+
+#: Bits of `inspect`: non-zero and too small for float32 sums, infinite or NaN, not a storage-format value.
+TINY, NONFINITE, UNREPRESENTABLE = np.uint8(1), np.uint8(2), np.uint8(4)
+
+_LANES = 8  # one vector register of float32
+_BLOCK = 256  # columns whose slices are added up in one expression
+
+
+class Comparison:
+    """Reduces windows of (steps, rows * width) patterns to numbers per row.
+
+    Args:
+        device: where the programs run.
+        width: elements of one row.
+    """
+
+    def __init__(self, device: jax.Device, width: int):
+        self._device = device
+        self._width = width
+
+    def inspect(self, patterns: Any, fmt: Format, storage: Format) -> int:
+        """Tell which of TINY, NONFINITE and UNREPRESENTABLE occur among patterns of `fmt`."""
+        found = np.asarray(_inspect_program(fmt, storage, self._device)(patterns))
+        return int(np.bitwise_or.reduce(found, axis=None))
+
+    def tally(
+        self, patterns: Any, fmt: Format, storage: Format, bit: np.uint8
+    ) -> NDArray[np.int64]:
+        """Count the elements of each row to which a bit of `inspect` belongs."""
+        program = _tally_program(fmt, storage, int(bit), self._width, self._device)
+        return self._finish(program(patterns), jnp.add).astype(np.int64)
+
+    def mismatches(
+        self, replayed: Any, replayed_format: Format, recorded: Any, recorded_format: Format
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Count differing elements of each row, and find the largest ulp distance.
+
+        Args:
+            replayed: patterns, (steps, elements).
+            replayed_format: their format.
+            recorded: patterns, (steps + 1, elements); row k + 1 belongs to `replayed[k]`.
+            recorded_format: their format, in whose ulp the distance is.
+
+        Returns:
+            Two arrays of shape (steps, rows).
+        """
+        key = (replayed_format, recorded_format, self._width, self._device)
+        counts = _count_program(*key)(replayed, recorded)
+        distances = _distance_program(*key)(replayed, recorded)
+        return (
+            self._finish(counts, jnp.add).astype(np.int64),
+            self._finish(distances, jnp.maximum).astype(np.int64),
+        )
+
+    def squared_norms(
+        self, recorded: Any, fmt: Format, formulation: Formulation
+    ) -> NDArray[np.float64]:
+        """Sum the squares of each row's recorded change, (steps, rows), from (steps + 1, elements)."""
+        program = _observed_program(fmt, self._width, formulation, self._device)
+        return self._finish(program(np.uint32(0), recorded), jnp.add)
+
+    def inner_products(
+        self,
+        replayed: Any,
+        replayed_format: Format,
+        recorded: Any,
+        recorded_format: Format,
+        formulation: Formulation,
+    ) -> tuple[NDArray[np.float64], ...]:
+        """Compare each row's replayed change with its recorded one.
+
+        Returns:
+            Sums of squares of the replayed change, of squares of the difference of both, and of their
+            products; each of shape (steps, rows).
+        """
+        program = _products_program(
+            replayed_format, recorded_format, self._width, formulation, self._device
+        )
+        sums = program(np.uint32(0), replayed, recorded)
+        return tuple(self._finish(each, jnp.add) for each in sums)
+
+    def _finish(self, lanes: jax.Array, combine: Callable) -> NDArray[Any]:
+        while lanes.shape[-1] > 1:
+            lanes = _fold_program(combine, self._device)(lanes)
+        return np.asarray(lanes)[..., 0]
+
+
+def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
+    """Add up (steps, rows) over each group's rows; (steps, groups), independent of the window."""
+    return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
+
+
+def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
+    """Take the largest of (steps, rows) over each group's rows, 0 for none; (steps, groups)."""
+    return np.stack([rows[:, g].max(axis=1, initial=0) for g in groups], axis=-1)
+
+
+def members_within(groups: TokenGroups, rows: tuple[int, int]) -> list[NDArray[np.int64]]:
+    """Return each group's members in a range of rows, counted from its start."""
+    found = []
+    for members in groups.members.values():
+        begin, end = np.searchsorted(members, rows)
+        found.append(members[begin:end] - rows[0])
+    return found
+
+
+def _operations(formulation: Formulation, zero: Any) -> Operations:
+    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
+
+
+def _change(ops: Operations, after: Any, before: Any) -> Any:
+    """Return the float32 difference as float64: its square is exact there, fused or not."""
+    return ops.float64(ops.subtract(after, before))
+
+
+def _fold(values: Any, combine: Callable) -> Any:
+    """Combine the columns of (rows, width) into at most `_LANES` per block, in a fixed order."""
+    rows, width = values.shape
+    if width <= _LANES:
+        return functools.reduce(combine, [values[:, k : k + 1] for k in range(width)])
+    blocks = width // _BLOCK * _BLOCK
+    lanes = width // _LANES * _LANES
+    folded = []
+    if blocks:
+        by_block = values[:, :blocks].reshape(rows, -1, _BLOCK)
+        slices = [by_block[..., k : k + _LANES] for k in range(0, _BLOCK, _LANES)]
+        folded.append(functools.reduce(combine, slices).reshape(rows, -1))
+    if lanes > blocks:
+        slices = [values[:, k : k + _LANES] for k in range(blocks, lanes, _LANES)]
+        folded.append(functools.reduce(combine, slices))
+    if width > lanes:
+        folded.append(values[:, lanes:])
+    return folded[0] if len(folded) == 1 else jnp.concatenate(folded, axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _fold_program(combine: Callable, device: jax.Device) -> Callable:
+    return compile_exactly(jax.vmap(lambda lanes: _fold(lanes, combine)), device)
+
+
+def _properties(patterns: Any, fmt: Format, storage: Format) -> Any:
+    """Flag each element with TINY, NONFINITE and UNREPRESENTABLE."""
+    wide = widen_patterns(patterns, fmt)
+    magnitude = wide & np.uint32(0x7FFFFFFF)
+    tiny = magnitude - np.uint32(1) < np.uint32((127 - 100) << 23) - np.uint32(1)
+    flags = tiny.astype(jnp.uint8) * TINY
+    flags |= (magnitude >= FLOAT32.infinity).astype(jnp.uint8) * NONFINITE
+    if fmt is FLOAT32 and storage is not FLOAT32:
+        kept = widen_patterns(narrow_patterns(wide, storage), storage)
+        beyond = (kept != wide) & (magnitude <= FLOAT32.infinity)  # NaNs are NaNs in any format
+        flags |= beyond.astype(jnp.uint8) * UNREPRESENTABLE
+    return flags
+
+
+@functools.lru_cache(maxsize=64)
+def _inspect_program(fmt: Format, storage: Format, device: jax.Device) -> Callable:
+    return compile_exactly(lambda patterns: _properties(patterns, fmt, storage), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _tally_program(
+    fmt: Format, storage: Format, bit: int, width: int, device: jax.Device
+) -> Callable:
+    def one_step(patterns: Any) -> jax.Array:
+        found = (_properties(patterns, fmt, storage) & np.uint8(bit)) != 0
+        return _fold(found.astype(jnp.int32).reshape(-1, width), jnp.add)
+
+    return compile_exactly(jax.vmap(one_step), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _count_program(
+    replayed_format: Format, recorded_format: Format, width: int, device: jax.Device
+) -> Callable:
+    def one_step(replayed: Any, recorded: Any) -> jax.Array:
+        a, b = widen_patterns(replayed, replayed_format), widen_patterns(recorded, recorded_format)
+        limit = np.uint32(FLOAT32.infinity)
+        both_nan = (a << 1 > limit << 1) & (b << 1 > limit << 1)
+        return _fold(((a != b) & ~both_nan).astype(jnp.int32).reshape(-1, width), jnp.add)
+
+    return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _distance_program(
+    replayed_format: Format, recorded_format: Format, width: int, device: jax.Device
+) -> Callable:
+    def line(patterns: Any) -> Any:
+        """Place patterns on the ordered line (see `floats.ordered`), moved up into uint32."""
+        wide = patterns.astype(jnp.uint32)
+        magnitude = wide & np.uint32(recorded_format.sign_bit - 1)
+        middle = np.uint32(1 << 31)
+        signed = jnp.where(
+            wide >= np.uint32(recorded_format.sign_bit), middle - magnitude, middle + magnitude
+        )
+        nan = magnitude > np.uint32(recorded_format.infinity)
+        return jnp.where(nan, middle + np.uint32(recorded_format.infinity + 1), signed)
+
+    def one_step(replayed: Any, recorded: Any) -> jax.Array:
+        wide = widen_patterns(replayed, replayed_format)
+        a, b = line(narrow_patterns(wide, recorded_format)), line(recorded)
+        return _fold((jnp.maximum(a, b) - jnp.minimum(a, b)).reshape(-1, width), jnp.maximum)
+
+    return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _observed_program(
+    fmt: Format, width: int, formulation: Formulation, device: jax.Device
+) -> Callable:
+    def whole(zero: Any, recorded: Any) -> jax.Array:
+        ops = _operations(formulation, zero)
+
+        def one_step(before: Any, after: Any) -> jax.Array:
+            change = _change(ops, ops.decode(after, fmt), ops.decode(before, fmt))
+            return _fold((change * change).reshape(-1, width), jnp.add)
+
+        return jax.vmap(one_step)(recorded[:-1], recorded[1:])
+
+    return compile_exactly(whole, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _products_program(
+    replayed_format: Format,
+    recorded_format: Format,
+    width: int,
+    formulation: Formulation,
+    device: jax.Device,
+) -> Callable:
+    def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
+        ops = _operations(formulation, zero)
+
+        def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
+            p = ops.decode(replayed, replayed_format)
+            w, o = ops.decode(before, recorded_format), ops.decode(after, recorded_format)
+            predicted, observed = _change(ops, p, w), _change(ops, o, w)
+            difference = _change(ops, p, o)
+            terms = (predicted * predicted, difference * difference, predicted * observed)
+            return tuple(_fold(term.reshape(-1, width), jnp.add) for term in terms)
+
+        return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])
+
+    return compile_exactly(whole, device)

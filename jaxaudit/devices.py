@@ -1,0 +1,32 @@
+"""Where JAX runs."""
+
+from typing import Literal
+
+import jax
+
+Backend = Literal["auto", "cpu", "gpu", "tpu"]
+
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "gpu", "tpu")
+
+
+class BackendError(ValueError):
+    """A backend was named that is not there."""
+
+
+def find_device(backend: Backend = "auto") -> jax.Device:
+    """Return the first device of a backend; `auto` is the fastest one that JAX finds.
+
+    Raises:
+        BackendError: the backend is absent. There is no silent fall-back.
+    """
+    try:
+        return jax.devices(None if backend == "auto" else backend)[0]
+    except RuntimeError as error:
+        try:
+            present = ", ".join(sorted({device.platform for device in jax.devices()}))
+        except RuntimeError:
+            present = "none"
+        raise BackendError(
+            f"backend {backend!r} is not available (present: {present}). Install jax for that device, or "
+            "use --backend auto."
+        ) from error

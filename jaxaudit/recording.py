@@ -1,0 +1,493 @@
+"""A recorded training run, and the groups of tokens to count it by."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit.floats import FORMATS, Format
+from jaxaudit.hyperparameters import Hyperparameters, double_of_float32
+from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched
+
+#: The recording's big tensors: our name for each, and its key in the file.
+TENSOR_KEYS = {
+    "param": "W",
+    "grad": "grad_W",
+    "exp_avg": "momentum_W",
+    "exp_avg_sq": "variance_W",
+    "max_exp_avg_sq": "max_variance_W",
+}
+
+_SCALAR_KEYS = {
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "epsilon": "adam_epsilon",
+}
+
+#: Other spellings that the JSON of the metadata `hyperparameters` may use.
+_SPELLINGS = {
+    "lr": "learning_rate",
+    "eps": "epsilon",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "epsilon",
+}
+
+_GROUP_KEYS = ("_mask", "token_group")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A few steps of a recording (and a range of rows), as bit patterns.
+
+    The arrays belong to the reader, which fills them anew two windows later. They always have the full
+    window length, so that no program is compiled twice; entries beyond `steps` are zero.
+
+    Attributes:
+        first: the first step, counted from 1.
+        steps: how many steps are valid.
+        rows: range of rows.
+        tensors: `grad` of shape (length, rows, width): entry k belongs to step first + k. All others of
+            shape (length + 1, rows, width): entry k is the state before step first + k.
+    """
+
+    first: int
+    steps: int
+    rows: tuple[int, int]
+    tensors: Mapping[str, NDArray[Any]]
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """First step, and the step after the last."""
+        return self.first, self.first + self.steps
+
+
+class Recording:
+    """A recorded run, opened without loading; a context manager.
+
+    Attributes:
+        path: the file.
+        steps: T, the number of recorded steps.
+        row_shape: shape of one row of the parameter; () for a vector.
+        tokens: entries of the parameter's first axis, called rows or tokens.
+        width: elements of one row.
+        formats: recorded format of each big tensor that is there, by name (`param`, `grad`, `exp_avg`,
+            `exp_avg_sq`, `max_exp_avg_sq`).
+        hyperparameters: what the optimizer was given; None where the file says nothing of it.
+        metadata: the file's own claims, as strings.
+        losses: loss of each step, float64 of shape (T,), or None.
+
+    Raises:
+        FileError: what the file lacks or contradicts, with the key and the shape.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._file = SafetensorsFile(path)
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        self.path, self.metadata = self._file.path, dict(self._file.metadata)
+        shape = self._shape()
+        self.steps, self.tokens, self.row_shape = shape[0] - 1, shape[1], shape[2:]
+        self.width = math.prod(self.row_shape)
+        self.formats = self._formats(shape)
+        self._check_num_steps()
+        self.losses = self._losses()
+        self.hyperparameters = self._hyperparameters()
+        self.first_step = self._first_step()
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @property
+    def storage(self) -> Format:
+        """Format of the parameter."""
+        return self.formats["param"]
+
+    @property
+    def step_elements(self) -> int:
+        """Elements of the parameter."""
+        return self.tokens * self.width
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the big tensors."""
+        return sum(self._file.tensors[TENSOR_KEYS[name]].bytes for name in self.formats)
+
+    def fingerprint(self) -> str:
+        """Return a cheap digest of the file: its length, its header and the MiB that follows."""
+        return self._file.fingerprint()
+
+    def flag(self, name: str) -> bool | None:
+        """Read a yes-or-no claim of the metadata; None where there is none."""
+        text = self.metadata.get(name, "").strip().lower()
+        return {"true": True, "1": True, "false": False, "0": False}.get(text)
+
+    def number(self, name: str) -> int | None:
+        """Read a positive integer claim of the metadata; None where there is none."""
+        text = self.metadata.get(name, "").strip()
+        return int(text) if text.isdecimal() and len(text) < 10 and int(text) > 0 else None
+
+    def parameter_elements(self) -> tuple[NDArray[np.int64], int]:
+        """Return each recorded element's flat position within the whole parameter, and that one's size.
+
+        A recording of some rows only names them in its metadata (`rows`, `parameter_shape`); without
+        that it counts as whole.
+        """
+        rows = _json_counts(self.metadata.get("rows"))
+        shape = _json_counts(self.metadata.get("parameter_shape"))
+        whole = rows is None or shape is None or len(rows) != self.tokens
+        if whole or tuple(shape[1:]) != self.row_shape or max(rows, default=0) >= shape[0]:
+            return np.arange(self.step_elements), self.step_elements
+        within = np.arange(self.width)
+        return (np.array(rows)[:, None] * self.width + within).reshape(-1), math.prod(shape)
+
+    def windows(
+        self, steps: tuple[int, int], length: int, rows: int, names: tuple[str, ...]
+    ) -> Iterator[Window]:
+        """Read steps[0]..steps[1]-1 (1-based) window by window, one window ahead.
+
+        Args:
+            steps: range of steps.
+            length: steps of one window.
+            rows: rows of one window; row ranges follow one another within each range of steps.
+            names: which tensors.
+        """
+        rings = [self._buffers(length, rows, names) for _ in range(2)]
+        jobs = []
+        for first in range(steps[0], steps[1], length):
+            for row in range(0, self.tokens, rows):
+                span = (row, min(row + rows, self.tokens))
+                count = min(length, steps[1] - first)
+                ring = rings[len(jobs) % len(rings)]
+                jobs.append(lambda f=first, c=count, s=span, r=ring: self._read(f, c, s, r))
+        with prefetched(jobs) as ready:
+            yield from ready
+
+    def group_tensors(self) -> SafetensorsFile | None:
+        """Return the open file if it holds token groups of its own."""
+        found = any(name.endswith(_GROUP_KEYS) for name in self._file.tensors)
+        return self._file if found else None
+
+    def _buffers(
+        self, length: int, rows: int, names: tuple[str, ...]
+    ) -> dict[str, NDArray[np.unsignedinteger]]:
+        return {
+            name: aligned(
+                (length + (name != "grad"), min(rows, self.tokens), self.width),
+                self.formats[name].pattern_dtype,
+            )
+            for name in names
+        }
+
+    def _read(
+        self, first: int, count: int, rows: tuple[int, int], ring: Mapping[str, NDArray[Any]]
+    ) -> Window:
+        tensors = {}
+        for name, buffer in ring.items():
+            start = first if name == "grad" else first - 1
+            part = buffer[:, : rows[1] - rows[0]]
+            if part.shape != buffer.shape:  # the last rows: a window of its own size
+                part = aligned(part.shape, part.dtype)
+            self._file.read_rows(
+                TENSOR_KEYS[name], (start, first + count), rows, part[: first + count - start]
+            )
+            part[first + count - start :] = 0
+            tensors[name] = part
+        return Window(first, count, rows, tensors)
+
+    def _shape(self) -> tuple[int, ...]:
+        tensor = self._file.tensors.get("W")
+        if tensor is None:
+            found = ", ".join(list(self._file.tensors)[:8]) or "no tensor at all"
+            raise FileError(
+                f"{self.path}: no `W` (found: {found}). A recording holds the parameter as `W` of shape "
+                "(T+1, token, ...)."
+            )
+        if len(tensor.shape) < 2 or 0 in tensor.shape[1:]:
+            raise FileError(
+                f"{self.path}: `W` has shape {list(tensor.shape)}, needed (T+1, token, ...) without empty axes."
+            )
+        if tensor.shape[0] < 2:
+            raise FileError(
+                f"{self.path}: `W` has shape {list(tensor.shape)}, which holds no step (T = "
+                f"{tensor.shape[0] - 1}). A recording needs the initial state and at least one step."
+            )
+        return tensor.shape
+
+    def _formats(self, shape: tuple[int, ...]) -> dict[str, Format]:
+        formats = {}
+        for name, key in TENSOR_KEYS.items():
+            tensor = self._file.tensors.get(key)
+            if tensor is None:
+                continue
+            if tensor.dtype not in FORMATS:
+                raise FileError(
+                    f"{self.path}: `{key}` has dtype {tensor.dtype}; supported are {', '.join(FORMATS)}."
+                )
+            if tensor.shape != shape:
+                raise FileError(
+                    f"{self.path}: `{key}` has shape {list(tensor.shape)}, but `W` has {list(shape)}; both "
+                    "must be the same."
+                )
+            formats[name] = FORMATS[tensor.dtype]
+        return formats
+
+    def _check_num_steps(self) -> None:
+        if "num_steps" not in self._file.tensors:
+            return
+        stated = self._scalars("num_steps", 1)
+        if stated[0] != self.steps:
+            raise FileError(
+                f"{self.path}: `num_steps` says {stated[0]:g}, but `W` holds {self.steps} steps. "
+                "The recording is incomplete or was cut; correct `num_steps`."
+            )
+
+    def _losses(self) -> NDArray[np.float64] | None:
+        if "losses" not in self._file.tensors:
+            return None
+        return self._scalars("losses", self.steps + 1)[1:]
+
+    def _scalars(self, key: str, *lengths: int) -> NDArray[np.float64]:
+        """Read a small tensor as a vector of one of the given lengths (a 0-d one has length 1)."""
+        tensor = self._file.tensors[key]
+        if math.prod(tensor.shape) not in lengths or len(tensor.shape) > 1:
+            needed = " or ".join(f"({length},)" for length in lengths)
+            raise FileError(
+                f"{self.path}: `{key}` has shape {list(tensor.shape)}, needed {needed}."
+            )
+        if tensor.dtype in ("BF16", "F16", "BOOL"):
+            raise FileError(
+                f"{self.path}: `{key}` has dtype {tensor.dtype}, needed F32, F64 or an integer."
+            )
+        return self._file.read_floats(key).reshape(-1)
+
+    def _hyperparameters(self) -> Hyperparameters | None:
+        stated = self._stated_hyperparameters()
+        values: dict[str, NDArray[np.float64]] = {}
+        origin: dict[str, str] = {}
+        for name, key in _SCALAR_KEYS.items():
+            if name in stated:
+                values[name] = _as_doubles(self.path, name, stated[name])
+                origin[name] = "metadata `hyperparameters`"
+            elif key in self._file.tensors:
+                values[name], origin[name] = self._stored_scalar(name, key)
+        if not values and not {"grad", "exp_avg", "exp_avg_sq"} & set(self.formats):
+            return None
+        missing = [_SCALAR_KEYS[name] for name in _SCALAR_KEYS if name not in values]
+        if missing:
+            raise FileError(
+                f"{self.path}: missing hyperparameters: {', '.join(missing)}. Store them as scalars or in the "
+                "metadata `hyperparameters`."
+            )
+        self._check_hyperparameters(values)
+        return Hyperparameters(
+            learning_rate=self._per_step(values.pop("learning_rate")),
+            origin=origin,
+            **{name: float(value[0]) for name, value in values.items()},
+        )
+
+    def _stated_hyperparameters(self) -> dict[str, Any]:
+        text = self.metadata.get("hyperparameters")
+        if text is None:
+            return {}
+        try:
+            stated = json.loads(text)
+        except (ValueError, RecursionError):
+            stated = None
+        if not isinstance(stated, dict):
+            raise FileError(
+                f"{self.path}: the metadata `hyperparameters` is not a JSON object. Correct or remove it."
+            )
+        stated = {_SPELLINGS.get(name, name): value for name, value in stated.items()}
+        betas = stated.pop("betas", None)
+        if isinstance(betas, list) and len(betas) == 2:
+            stated = {"beta1": betas[0], "beta2": betas[1]} | stated
+        return stated
+
+    def _stored_scalar(self, name: str, key: str) -> tuple[NDArray[np.float64], str]:
+        lengths = (1, self.steps + 1) if name == "learning_rate" else (1,)
+        doubles = self._scalars(key, *lengths)
+        if self._file.tensors[key].dtype != "F32":
+            return doubles, f"`{key}`"
+        found = [double_of_float32(np.float32(value)) for value in doubles]
+        recovered = sum(short for _, short in found)
+        how = "the shortest decimal" if recovered == len(found) else "float32 as stored"
+        if 0 < recovered < len(found):
+            how = f"the shortest decimal for {recovered} of {len(found)} values, else float32 as stored"
+        return np.array([value for value, _ in found]), f"`{key}` (float32; {how})"
+
+    def _check_hyperparameters(self, values: Mapping[str, NDArray[np.float64]]) -> None:
+        limits = {"beta1": "0 <= beta1 < 1", "beta2": "0 <= beta2 < 1"}
+        for name, value in values.items():
+            used = value[1:] if value.size > 1 else value
+            good = np.isfinite(used) & (used >= 0) & ((used < 1) | (name not in limits))
+            if not good.all():
+                raise FileError(
+                    f"{self.path}: {name} is {used[~good][0]:g}; needed "
+                    f"{limits.get(name, f'a finite {name} >= 0')}. Correct the recording."
+                )
+
+    def _per_step(self, rates: NDArray[np.float64]) -> NDArray[np.float64]:
+        if rates.size == 1:
+            return np.full(self.steps, rates[0])
+        if rates.size == self.steps + 1:
+            return rates[1:]
+        raise FileError(
+            f"{self.path}: learning_rate has {rates.size} values, needed 1 or {self.steps + 1} (one per row "
+            "of `W`)."
+        )
+
+    def _first_step(self) -> int:
+        return self.number("first_step") or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenGroups:
+    """Named sets of tokens to count over; they may overlap. `all` is always the first.
+
+    Attributes:
+        tokens: how many tokens there are.
+        members: sorted token indices of each group, by name.
+    """
+
+    tokens: int
+    members: Mapping[str, NDArray[np.int64]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names in the dataset's order."""
+        return list(self.members)
+
+
+def open_recording(path: str | os.PathLike[str]) -> Recording:
+    """Open a recording without loading it, and check its shapes, dtypes and consistency.
+
+    Raises:
+        FileError: what is missing, unreadable or inconsistent.
+    """
+    return Recording(path)
+
+
+def open_token_groups(path: str | os.PathLike[str]) -> TokenGroups:
+    """Read token groups: `NAME_mask` (booleans or bytes) and `token_group` (integer labels).
+
+    `dead_mask` gives the groups `dead` and `live`; labels are named by the metadata `group_names`
+    (a JSON list, or an object from label to name), else `group_0`, `group_1`, ...
+
+    Raises:
+        FileError: the file is unreadable, or holds no usable group.
+    """
+    with SafetensorsFile(path) as file:
+        return read_token_groups(file)
+
+
+def token_groups_of(recording: Recording) -> TokenGroups:
+    """Return the groups that the recording itself holds, else only `all`."""
+    file = recording.group_tensors()
+    if file is None:
+        return TokenGroups(recording.tokens, {"all": np.arange(recording.tokens)})
+    return read_token_groups(file)
+
+
+def read_token_groups(file: SafetensorsFile) -> TokenGroups:
+    """Read token groups from an open file (see `open_token_groups`)."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    for name in file.tensors:
+        if name == "token_group":
+            found |= _labelled_groups(file)
+        elif name.endswith("_mask"):
+            mask = _vector(file, name, ("BOOL", "U8")).astype(bool)
+            found[name.removesuffix("_mask")] = mask
+            if name == "dead_mask":
+                found["live"] = ~mask
+    sizes = {mask.size for mask in found.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise FileError(
+            f"{file.path}: no usable token group (lengths {sorted(sizes)}); needed `dead_mask`, another "
+            "`NAME_mask` or `token_group`, all over the same tokens."
+        )
+    empty = [name for name, mask in found.items() if not mask.any()]
+    if empty:
+        raise FileError(
+            f"{file.path}: the token group {', '.join(map(repr, empty))} has no token. "
+            "Correct the mask or leave it out."
+        )
+    tokens = sizes.pop()
+    named = {name: np.flatnonzero(mask) for name, mask in found.items() if name != "all"}
+    return TokenGroups(tokens, {"all": np.arange(tokens)} | named)
+
+
+def sample_paths() -> tuple[Path, Path]:
+    """Return the sample recording that ships with the package, and its token groups."""
+    folder = Path(str(resources.files("jaxaudit") / "data"))
+    return folder / "sample.safetensors", folder / "sample-token-groups.safetensors"
+
+
+def _labelled_groups(file: SafetensorsFile) -> dict[str, NDArray[np.bool_]]:
+    integers = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+    labels = _vector(file, "token_group", integers)
+    present = np.unique(labels)
+    if present.size > 10_000:
+        raise FileError(
+            f"{file.path}: `token_group` has {present.size} labels; at most 10000 make sense as groups."
+        )
+    try:
+        names = json.loads(file.metadata.get("group_names", "{}"))
+    except (ValueError, RecursionError):
+        raise FileError(f"{file.path}: the metadata `group_names` is not valid JSON.") from None
+    if isinstance(names, list):
+        names = {str(label): name for label, name in enumerate(names)}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise FileError(f"{file.path}: the metadata `group_names` must give a string per label.")
+    return {str(names.get(str(k), f"group_{k}")): labels == k for k in present}
+
+
+def _vector(file: SafetensorsFile, name: str, dtypes: tuple[str, ...]) -> NDArray[Any]:
+    tensor = file.tensors[name]
+    if tensor.dtype not in dtypes or len(tensor.shape) != 1:
+        raise FileError(
+            f"{file.path}: `{name}` is {tensor.dtype} of shape {list(tensor.shape)}; needed one axis over "
+            f"tokens, of {' or '.join(dtypes)}."
+        )
+    return file.read(name)
+
+
+def _as_doubles(path: Path, name: str, stated: Any) -> NDArray[np.float64]:
+    values = stated if isinstance(stated, list) else [stated]
+    good = values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not good or (len(values) > 1 and name != "learning_rate"):
+        raise FileError(f"{path}: the metadata `hyperparameters` gives no usable number for {name}.")
+    try:
+        return np.array([float(value) for value in values], np.float64)
+    except OverflowError:
+        raise FileError(f"{path}: {name} in the metadata `hyperparameters` is too large.") from None
+
+
+def _json_counts(text: str | None) -> list[int] | None:
+    try:
+        counts = json.loads(text) if text is not None else None
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
+    return counts if good else None

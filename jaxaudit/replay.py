@@ -1,0 +1,358 @@
+"""Recorded steps, run again: the jitted step, vmapped over the timesteps of a window.
+
+Each stage of a step (`exp_avg`, `exp_avg_sq`, `param`) is a program of its own, teacher-forced: step t starts
+from the recorded state of step t-1. A program comes in two formulations: float32 instructions, for windows in
+which these are exact, and float64 emulation for all others. Each is tried on hard inputs before it is used.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit import floats
+from jaxaudit.arithmetics import Scalars, Stage, Step, ordinary, scalars_of
+from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.operations import (
+    Float32Operations,
+    Float64Operations,
+    NumpyOperations,
+    Operations,
+    compile_exactly,
+)
+
+Formulation = Literal["float32", "float64"]
+
+#: Recorded patterns of a window, by tensor: flat, (steps + 1, elements); `grad` (steps, elements).
+Recorded = Mapping[str, Any]
+
+#: Bits of an element's flags.
+DIFFERS, STRAY = np.uint8(1), np.uint8(2)
+
+#: Elements of each timestep that the self-test tries.
+_TRIED = 4096
+
+
+class SelfTestError(RuntimeError):
+    """The device computes something else than IEEE 754 arithmetic asks for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Where a stage finds what it reads: a recorded tensor, and the row offset against the step."""
+
+    name: str
+    tensor: str
+    offset: int
+    format: Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One stage of a step on one recording's formats: what gets compiled.
+
+    Attributes:
+        step: under which arithmetic.
+        stage: which stage; also the recorded tensor that it is compared with.
+        inputs: what it reads.
+        recorded: format in which its result was recorded.
+    """
+
+    step: Step
+    stage: Stage
+    inputs: tuple[Input, ...]
+    recorded: Format
+
+    @property
+    def result(self) -> Format:
+        """Format of what it computes."""
+        return self.step.result_format(self.stage)
+
+    def values(self, ops: Operations, window: Recorded, steps: int, rule: Any) -> dict[str, Any]:
+        """Decode the inputs of all the window's steps."""
+        found = {
+            i.name: ops.decode(window[i.tensor][i.offset : i.offset + steps], i.format)
+            for i in self.inputs
+        }
+        return found | {"scalar_rule": rule}
+
+
+class Replayer:
+    """Runs steps of one recording on one device, in windows of one shape.
+
+    Args:
+        device: where the programs run.
+        formats: recorded format of each tensor (see `Recording.formats`).
+        shape: (steps, elements) of a window.
+        second_moment: the tensor that the denominator is made of, `exp_avg_sq` or `max_exp_avg_sq`.
+    """
+
+    def __init__(
+        self,
+        device: jax.Device,
+        formats: Mapping[str, Format],
+        shape: tuple[int, int],
+        second_moment: str = "exp_avg_sq",
+    ):
+        self.device = device
+        self._formats = dict(formats)
+        self._shape = shape
+        self._second_moment = second_moment
+        self._verdicts: dict[tuple[Program, Formulation], str] = {}
+
+    def program(self, step: Step, stage: Stage) -> Program:
+        """Say what a stage of a step reads from this recording."""
+        places = {"new_exp_avg": ("exp_avg", 1), "new_exp_avg_sq": (self._second_moment, 1)}
+        read = [name for name in step.reads(stage) if name != "scalar_rule"]
+        found = [(name, *places.get(name, (name, 0))) for name in read]
+        inputs = tuple(Input(name, at, offset, self._formats[at]) for name, at, offset in found)
+        return Program(step, stage, inputs, self._formats[stage])
+
+    def flags(
+        self, program: Program, scalars: Scalars, window: Recorded, rule: Any
+    ) -> tuple[NDArray[np.uint8], Formulation]:
+        """Compare a stage with the recording, element by element.
+
+        Args:
+            program: the stage.
+            scalars: those of the window's steps.
+            window: recorded patterns.
+            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
+
+        Returns:
+            uint8 (steps, elements), non-zero where the bits differ (all NaNs are alike), and the
+            formulation that found out.
+
+        Raises:
+            SelfTestError: neither formulation is exact on this device.
+        """
+        if ordinary(scalars) and not self._verdict(program, "float32"):
+            found = self._flags(program, "float32", scalars, window, rule)
+            if not np.bitwise_or.reduce(found, axis=None) & STRAY:
+                return found, "float32"
+        self._require(program, "float64")
+        return self._flags(program, "float64", scalars, window, rule), "float64"
+
+    def results(
+        self,
+        program: Program,
+        scalars: Scalars,
+        window: Recorded,
+        rule: Any,
+        formulation: Formulation,
+    ) -> jax.Array:
+        """Compute a stage's new values, as patterns of `program.result`, (steps, elements).
+
+        Args:
+            program: as for `flags`, and so are `scalars`, `window` and `rule`.
+            formulation: the one that `flags` returned for this window.
+        """
+        compiled = _results_program(program, formulation, self.device)
+        return compiled(*self._arguments(program, formulation, scalars, window, rule))
+
+    def self_tests(self) -> dict[str, str]:
+        """Report every self-test that was made: "passed", or what came out wrong."""
+        return {
+            f"{program.step.arithmetic.name} {program.stage} in {formulation}": verdict or "passed"
+            for (program, formulation), verdict in self._verdicts.items()
+        }
+
+    def _flags(self, program: Program, formulation: Formulation, *rest: Any) -> NDArray[np.uint8]:
+        compiled = _flags_program(program, formulation, self.device)
+        target = rest[1][program.stage]
+        return np.asarray(compiled(*self._arguments(program, formulation, *rest), target))
+
+    def _arguments(
+        self, program: Program, formulation: Formulation, scalars: Scalars, window: Recorded, rule: Any
+    ) -> tuple[Any, ...]:  # fmt: skip
+        kind = np.float32 if formulation == "float32" else np.float64
+        converted = {name: value.astype(kind) for name, value in scalars.items()}
+        return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, rule
+
+    def _require(self, program: Program, formulation: Formulation) -> None:
+        verdict = self._verdict(program, formulation)
+        if verdict:
+            raise SelfTestError(
+                f"self-test failed on {self.device.platform} ({self.device.device_kind}): {program.stage} of "
+                f"{program.step.arithmetic.name} in {formulation}: {verdict}. Use another backend, for "
+                "example --backend cpu."
+            )
+
+    def _verdict(self, program: Program, formulation: Formulation) -> str:
+        key = (program, formulation)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._try(program, formulation)
+        return self._verdicts[key]
+
+    def _try(self, program: Program, formulation: Formulation) -> str:
+        """Run the compiled programs on hard inputs; return "" or the first wrong result."""
+        tried = min(_TRIED, self._shape[1])
+        trial = _Trial(program, formulation, self._shape, tried)
+        arguments = (program, trial.scalars, trial.window, trial.rule)
+        try:
+            flags = self._flags(program, formulation, *arguments[1:])[:, :tried]
+            results = np.asarray(self.results(*arguments, formulation))[:, :tried]
+        except Exception as error:
+            # A device without float64, say, fails to compile; whatever it raises, it cannot be used.
+            return f"it does not run ({str(error).splitlines()[0][:200]})"
+        wrong = _differ(results, trial.expected, program.result, program.result)
+        wrong |= (flags & DIFFERS != 0) != trial.differs
+        # What the program itself hands over to float64 need not be right.
+        wrong &= flags & STRAY == 0
+        if np.mean(flags & STRAY != 0) > 0.5:
+            return "it takes ordinary numbers for subnormal ones"
+        if not wrong.any():
+            return ""
+        return trial.describe(tuple(np.argwhere(wrong)[0]), results)
+
+
+class _Trial:
+    """Hard inputs for a program, in its own shapes, and what must come out."""
+
+    def __init__(
+        self, program: Program, formulation: Formulation, shape: tuple[int, int], tried: int
+    ):
+        self._program = program
+        steps, elements = shape
+        rng = np.random.default_rng(20)
+        self.scalars = _trial_scalars(program.step, steps)
+        self.rule = np.zeros(elements, np.uint8)
+        self.rule[:tried:2] = 1
+        self.window: dict[str, NDArray[Any]] = {}
+        formats = {i.tensor: i.format for i in program.inputs} | {program.stage: program.recorded}
+        size = rng.integers(-26, -4, tried)  # common to a column, so that its terms meet
+        for name, fmt in formats.items():
+            rows = steps + (name != "grad")
+            self.window[name] = np.zeros((rows, elements), fmt.pattern_dtype)
+            hard = _hard_patterns(rng, name, fmt, rows, size, formulation)
+            self.window[name][:, :tried] = hard
+        self.expected = self._expect(steps, tried)
+        self.differs = self._plant(rng, steps, tried)
+
+    def _expect(self, steps: int, tried: int) -> NDArray[Any]:
+        ops = NumpyOperations()
+        cut = {name: values[:, :tried] for name, values in self.window.items()}
+        values = self._program.values(ops, cut, steps, self.rule[:tried])
+        columns = {name: scalar[:, None] for name, scalar in self.scalars.items()}
+        result = self._program.step.replay(self._program.stage, ops, columns, values)
+        return ops.encode(result, self._program.result)
+
+    def _plant(self, rng: np.random.Generator, steps: int, tried: int) -> NDArray[np.bool_]:
+        """Record the expected results for half the elements of the last step; tell what differs."""
+        program, target = self._program, self.window[self._program.stage][:, :tried]
+        if program.recorded in (program.result, FLOAT32):
+            # The last row is read by no program as an input of the step that it is the result of.
+            same = rng.integers(0, 2, tried).astype(bool)
+            values = floats.decode(self.expected[-1], program.result)
+            target[-1] = np.where(same, floats.encode(values, program.recorded), target[-1])
+        return _differ(self.expected, target[1:], program.result, program.recorded)
+
+    def describe(self, where: tuple[Any, ...], results: NDArray[Any]) -> str:
+        """Name one wrong element's inputs, result and expectation, as bit patterns."""
+        t, k = where
+        inputs = ", ".join(
+            f"{i.name}={self.window[i.tensor][t + i.offset, k]:#x}" for i in self._program.inputs
+        )
+        return f"{inputs} gave {results[t, k]:#x}, expected {self.expected[t, k]:#x}"
+
+
+def _differ(a: NDArray[Any], b: NDArray[Any], a_format: Format, b_format: Format) -> NDArray[np.bool_]:
+    wide_a = floats.decode(a, a_format).view(np.uint32)
+    wide_b = floats.decode(b, b_format).view(np.uint32)
+    return (wide_a != wide_b) & ~(floats.is_nan(wide_a, FLOAT32) & floats.is_nan(wide_b, FLOAT32))
+
+
+def _trial_scalars(step: Step, steps: int) -> Scalars:
+    given = Hyperparameters(
+        learning_rate=np.full(steps, 1e-3),
+        beta1=0.3 if step.lerp_from_end else 0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.01,
+    )
+    return scalars_of(step, given, [1 + 37 * k for k in range(steps)])
+
+
+def _hard_patterns(
+    rng: np.random.Generator,
+    name: str,
+    fmt: Format,
+    rows: int,
+    size: NDArray[np.integer],
+    formulation: Formulation,
+) -> NDArray[Any]:
+    """Draw patterns with ties, binade edges, cancellation and zeros; for float64 anything at all."""
+    shape = (rows, size.size)
+    squared = name in ("exp_avg_sq", "max_exp_avg_sq")
+    exponent = {"param": rng.integers(-12, 3, shape)}.get(
+        name, (2 * size if squared else size) + rng.integers(-4, 4, shape)
+    )
+    significand = rng.integers(0, 1 << 23, shape)
+    significand &= rng.choice([0x7FFFFF, 0x7F0000, 0x700000, 0x7F8000, 0], shape)
+    significand |= rng.choice([0, 0, 1, 0x7FFF, 0x8001], shape)
+    values = np.ldexp(1 + significand / (1 << 23), exponent) * (rng.random(shape) > 0.03)
+    if not squared:
+        values *= rng.choice([-1.0, 1.0], shape)
+    with np.errstate(over="ignore", under="ignore"):
+        patterns = floats.encode(values.astype(np.float32), fmt)
+    if formulation == "float32":
+        return patterns
+    anything = rng.integers(0, 1 << fmt.width, shape).astype(fmt.pattern_dtype)
+    tiny = anything & fmt.pattern_dtype.type(fmt.sign_bit | ((1 << (fmt.significand_bits + 2)) - 1))
+    special = rng.choice([0, fmt.sign_bit, fmt.infinity, fmt.infinity + 1, 1], shape)
+    choice = rng.integers(0, 5, shape)
+    return np.select(
+        [choice == 0, choice == 1, choice == 2],
+        [anything, tiny, special.astype(fmt.pattern_dtype)],
+        patterns,
+    )
+
+
+def _operations(formulation: Formulation, zero: jax.Array) -> Operations:
+    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
+
+
+@functools.lru_cache(maxsize=256)
+def _flags_program(program: Program, formulation: Formulation, device: jax.Device) -> Callable:
+    def whole(zero: Any, scalars: Any, window: Any, rule: Any, target: Any) -> jax.Array:
+        ops = _operations(formulation, zero)
+
+        def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
+            x = x | {"scalar_rule": rule}
+            replayed = ops.patterns32(program.step.replay(program.stage, ops, s, x))
+            wanted = ops.patterns32(recorded)
+            limit = np.uint32(FLOAT32.infinity)
+            both_nan = (replayed << 1 > limit << 1) & (wanted << 1 > limit << 1)
+            flags = ((replayed != wanted) & ~both_nan).astype(jnp.uint8) * DIFFERS
+            if formulation == "float64":
+                return flags
+            stray = program.step.strays(program.stage, ops, s, x)
+            return flags | stray.astype(jnp.uint8) * STRAY
+
+        values = program.values(ops, window, target.shape[0] - 1, rule)
+        del values["scalar_rule"]
+        return jax.vmap(one_step)(scalars, values, ops.decode(target[1:], program.recorded))
+
+    return compile_exactly(whole, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _results_program(program: Program, formulation: Formulation, device: jax.Device) -> Callable:
+    def whole(zero: Any, scalars: Any, window: Any, rule: Any) -> jax.Array:
+        ops = _operations(formulation, zero)
+
+        def one_step(s: Any, x: Any) -> jax.Array:
+            replayed = program.step.replay(program.stage, ops, s, x | {"scalar_rule": rule})
+            return ops.encode(replayed, program.result)
+
+        values = program.values(ops, window, scalars["beta2"].shape[0], rule)
+        del values["scalar_rule"]
+        return jax.vmap(one_step)(scalars, values)
+
+    return compile_exactly(whole, device)

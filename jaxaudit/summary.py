@@ -1,0 +1,207 @@
+"""An audit's dataset in a few lines that need no manual, and the same as plain numbers."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+#: The band within which the first analyses of such runs called a timestep accounted for.
+RATIO_BAND = (0.99, 1.01)
+
+
+def summarize(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return the summary of an audit as values that JSON can hold.
+
+    A timestep at which neither replay nor recording moves agrees, in every count here.
+    """
+    attributes = dataset.attrs
+    return {
+        "source": attributes["source"],
+        "timesteps": [int(dataset.timestep[0]), int(dataset.timestep[-1])],
+        "timestep_count": dataset.sizes["timestep"],
+        "element_count": _by_group(dataset, dataset.element_count),
+        "storage_format": attributes["storage_format"],
+        "state_precision": attributes["state_precision"],
+        "hyperparameters": json.loads(attributes["hyperparameters"]),
+        "backend": attributes["backend"],
+        "device": attributes["device"],
+        "identified_arithmetic": [
+            name for name in attributes["identified_arithmetic"].split(",") if name
+        ],
+        "nonfinite_count": {
+            str(name): int(dataset.nonfinite_count.sel(tensor=name, token_group="all").sum())
+            for name in dataset.tensor.values
+        },
+        "arithmetics": {
+            str(name): _summarize_arithmetic(dataset.sel(arithmetic=name))
+            for name in dataset.arithmetic.values
+        },
+    }
+
+
+def replays_exactly(dataset: xr.Dataset, arithmetic: str) -> bool:
+    """Tell whether weights and every other audited stage came out bit for bit under an arithmetic."""
+    one = dataset.sel(arithmetic=arithmetic, token_group="all")
+    audited = one.audited == 1
+    wrong = int(one.mismatch_count.where(audited, 0).sum())
+    return bool(audited.sel(stage="param")) and wrong == 0
+
+
+def describe(dataset: xr.Dataset) -> str:
+    """Say in plain text what was read, what the state's precision is, and what agrees."""
+    found = summarize(dataset)
+    lines = [
+        _recording_line(dataset, found),
+        f"Optimizer   {_hyperparameter_line(found['hyperparameters'])}",
+        f"State       {found['state_precision']}",
+        f"Backend     {found['backend']} ({found['device']}), jax {dataset.attrs['jax_version']}, "
+        f"self-test {_self_test_line(dataset)}",
+        "",
+        *_stage_table(dataset, found),
+        "",
+        *_timestep_table(found),
+        "",
+        *_first_mismatch_lines(found),
+        *_nonfinite_lines(found),
+        _verdict(found),
+    ]
+    return "\n".join(lines)
+
+
+def _summarize_arithmetic(one: xr.Dataset) -> dict[str, Any]:
+    audited = {str(stage): bool(one.audited.sel(stage=stage)) for stage in one.stage.values}
+    counts, distances = one.mismatch_count, one.max_ulp_distance
+    summary: dict[str, Any] = {
+        "mismatch_count": {
+            stage: int(counts.sel(stage=stage, token_group="all").sum()) if known else None
+            for stage, known in audited.items()
+        },
+        "max_ulp_distance": {
+            stage: int(distances.sel(stage=stage, token_group="all").max()) if known else None
+            for stage, known in audited.items()
+        },
+        "first_mismatch": {
+            stage: _first_mismatch(one.first_mismatch.sel(stage=stage)) for stage in audited
+        },
+    }
+    if audited["param"]:
+        exact = (counts.sel(stage="param") == 0).sum("timestep")
+        still = one.norm_observed == 0
+        ratio_agrees = ((one.ratio >= RATIO_BAND[0]) & (one.ratio <= RATIO_BAND[1])) | (
+            still & (one.norm_predicted == 0)
+        )
+        cosine_agrees = (one.cosine_similarity > 0.99) | (still & (one.norm_predicted == 0))
+        summary |= {
+            "exact_timesteps": _by_group(one, exact),
+            "timesteps_with_ratio_within_1_percent": _by_group(one, ratio_agrees.sum("timestep")),
+            "timesteps_with_cosine_above_0.99": _by_group(one, cosine_agrees.sum("timestep")),
+        }
+    return summary
+
+
+def _by_group(dataset: xr.Dataset, values: xr.DataArray) -> dict[str, int]:
+    return {
+        str(name): int(values.sel(token_group=name)) for name in dataset.token_group.values
+    }
+
+
+def _first_mismatch(fields: xr.DataArray) -> dict[str, int] | None:
+    found = {str(name): int(fields.sel(mismatch_field=name)) for name in fields.mismatch_field.values}
+    return found if found["timestep"] > 0 else None
+
+
+def _recording_line(dataset: xr.Dataset, found: dict[str, Any]) -> str:
+    groups = ", ".join(f"{name} {count:,}" for name, count in found["element_count"].items())
+    first, last = found["timesteps"]
+    return (
+        f"Recording   {found['source']}: timesteps {first} to {last}, {found['storage_format']}\n"
+        f"Elements    {groups} per timestep"
+    )
+
+
+def _hyperparameter_line(given: dict[str, Any]) -> str:
+    if not given:
+        return "no hyperparameters recorded"
+    rate = given["learning_rate"]["value"]
+    shown = f"{min(rate):g} to {max(rate):g}" if isinstance(rate, list) else repr(rate)
+    origins = sorted({str(entry["origin"]) for entry in given.values()})
+    return (
+        f"learning rate {shown}, betas {given['beta1']['value']!r} and {given['beta2']['value']!r}, "
+        f"eps {given['epsilon']['value']!r}, weight decay {given['weight_decay']['value']!r}\n"
+        f"            from {'; '.join(origins)}"
+    )
+
+
+def _self_test_line(dataset: xr.Dataset) -> str:
+    verdicts = json.loads(dataset.attrs["self_test"])
+    failed = [name for name, verdict in verdicts.items() if verdict != "passed"]
+    if not failed:
+        return f"passed ({len(verdicts)} programs)"
+    return f"passed in float64 emulation; float32 is inexact here ({len(failed)} programs)"
+
+
+def _stage_table(dataset: xr.Dataset, found: dict[str, Any]) -> list[str]:
+    total = found["element_count"]["all"] * found["timestep_count"]
+    rows = [["elements that differ, of " + f"{total:,}", *map(str, dataset.stage.values)]]
+    for name, one in found["arithmetics"].items():
+        counts = one["mismatch_count"].values()
+        rows.append([name, *("not audited" if n is None else f"{n:,}" for n in counts)])
+    return _table(rows)
+
+
+def _timestep_table(found: dict[str, Any]) -> list[str]:
+    low, high = RATIO_BAND
+    groups = list(found["element_count"])
+    total = found["timestep_count"]
+    rows = [[f"timesteps, of {total:,}", *groups]]
+    titles = {
+        "exact_timesteps": "weights agree exactly",
+        "timesteps_with_ratio_within_1_percent": f"ratio in [{low}, {high}]",
+        "timesteps_with_cosine_above_0.99": "cosine above 0.99",
+    }
+    for name, one in found["arithmetics"].items():
+        for key, title in titles.items():
+            if key in one:
+                rows.append([f"{name}: {title}", *(f"{one[key][g]:,}" for g in groups)])
+    return _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
+
+
+def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, one in found["arithmetics"].items():
+        at = one["first_mismatch"]["param"]
+        if at:
+            lines.append(
+                f"First weight that differs under {name}: timestep {at['timestep']}, token {at['token']}, "
+                f"position {at['position']}, recorded {at['recorded_bits']:#x}, replayed {at['replayed_bits']:#x}"
+            )
+    return lines
+
+
+def _nonfinite_lines(found: dict[str, Any]) -> list[str]:
+    counts = {name: count for name, count in found["nonfinite_count"].items() if count}
+    if not counts:
+        return []
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return [f"Infinite or NaN elements in the recording: {shown}"]
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    fitting = found["identified_arithmetic"]
+    if not fitting:
+        return "No arithmetic that was tried replays this recording bit for bit."
+    audited = found["arithmetics"][fitting[0]]["mismatch_count"]
+    missing = [stage for stage, count in audited.items() if count is None]
+    what = "every audited element" if missing else "every weight and both moments"
+    tail = f" ({', '.join(missing)} not audited)" if missing else ""
+    return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}."
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = np.max([[len(cell) for cell in row] for row in rows], axis=0)
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]  # fmt: skip
