@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Audit a recorded training run: replay every optimizer step and compare it bit for bit.
+
+    python scripts/run_audit.py
+    python scripts/run_audit.py run.safetensors --token-groups groups.safetensors --plots figures
+
+Without a recording, the sample that ships with the package is audited. The result is a NetCDF file for
+xarray.open_dataset; a summary goes to stdout, progress and notices go to stderr.
+
+Exit status: 0 the audit ran; 1 --expect was not met; 2 wrong usage, or an output that cannot be written;
+3 input missing, unreadable, incomplete or inconsistent; 4 the self-test failed; 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    described = __doc__ or ""
+    p = argparse.ArgumentParser(
+        description=described.split("\n\n")[0],
+        epilog="\n\n".join(described.split("\n\n")[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("recording", nargs="?", help="the recording (default: the sample)")
+    p.add_argument("--token-groups", metavar="FILE", help="sets of tokens to count by")
+    p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
+    p.add_argument(
+        "--arithmetic",
+        metavar="auto|all|NAME[,NAME...]",
+        default="auto",
+        help="what to replay (auto: identify, then replay that and float32-then-bfloat16)",
+    )
+    p.add_argument("--steps", metavar="START:STOP", help="steps START..STOP-1, from 1 (default: all)")
+    p.add_argument("--output", metavar="PATH", help="NetCDF file (default: results/<stem>.nc)")
+    p.add_argument("--csv", metavar="PATH", help="tables, one per group: PATH-GROUP-ARITHMETIC")
+    p.add_argument("--plots", metavar="DIR", help="figures as PNG")
+    p.add_argument("--expect", metavar="NAME", help="exit 1 unless it replays exactly under NAME")
+    p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument("--version", action="store_true", help="print the version and exit")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        return _main(parser().parse_args(argv))
+    except SystemExit as done:  # argparse: --help, or wrong usage, already explained
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted; no result was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"jaxaudit {version('jaxaudit')}")
+        return 0
+    from jaxaudit.commands import AuditRequest, Failure, run_audit
+
+    request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
+    progress, close = _progress_bar(quiet=arguments.quiet)
+    try:
+        status, text = run_audit(request, progress)
+    except Failure as failure:
+        close()
+        print(f"run_audit.py: error: {failure}", file=sys.stderr)
+        return failure.status
+    finally:
+        close()
+    print(text)
+    sys.stdout.flush()
+    return status
+
+
+def _progress_bar(*, quiet: bool) -> tuple[Callable[[int, int], None] | None, Callable[[], None]]:
+    """Return a function that shows bytes done on a terminal, and one that ends the display."""
+    if quiet or not sys.stderr.isatty():
+        return None, lambda: None
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc="replaying", leave=False)
+        bar.update(done - bar.n)
+
+    return show, lambda: bar.close() if bar is not None else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
