@@ -157,12 +157,16 @@ class Step:
         decayed = ("param", "scalar_rule") if self.decay == "l2" else ()
         return ("grad", stage, *decayed)
 
-    def replay(self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors) -> Value:
+    def replay(
+        self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors
+    ) -> Value:
         """Compute one stage's new values from decoded tensors and scalars that broadcast to them."""
         formulas = {"exp_avg": _exp_avg, "exp_avg_sq": _exp_avg_sq, "param": _param}
         return formulas[stage](self, ops, scalars, x)
 
-    def strays(self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors) -> Mask:
+    def strays(
+        self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors
+    ) -> Mask:
         """Mark the elements for which flushing subnormals could change this stage's result.
 
         Sound, not tight: where no element is marked and the scalars are `ordinary`, no operand and no result
@@ -317,7 +321,7 @@ def _l2_gradient(
 
 
 def _exp_avg(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """m = lerp(m, g, 1 - beta1): fma(w, g - m, m), or from the other end where w >= 0.5."""
+    """Interpolate, lerp(m, g, 1 - beta1): fma(w, g - m, m), or from the other end where w >= 0.5."""
     gradient = _gradient(step, ops, s, x)
     start = gradient if step.lerp_from_end else x["exp_avg"]
     change = ops.subtract(gradient, x["exp_avg"])
@@ -325,7 +329,7 @@ def _exp_avg(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) ->
 
 
 def _exp_avg_sq(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """v = v * beta2, then addcmul(v, g, g, value=1 - beta2): fma(value * g, g, v)."""
+    """Decay v by beta2, then addcmul(v, g, g, value=1 - beta2): fma(value * g, g, v)."""
     gradient = _gradient(step, ops, s, x)
     decayed = ops.round_to(ops.multiply(x["exp_avg_sq"], s["beta2"]), step.operator_format)
     scaled = ops.multiply(s["exp_avg_sq_weight"], gradient)

@@ -37,7 +37,7 @@ from jaxaudit.comparison import (
     members_within,
     sum_groups,
 )
-from jaxaudit.devices import Backend, find_device
+from jaxaudit.devices import Backend, Device, find_device
 from jaxaudit.floats import FLOAT16, FLOAT32
 from jaxaudit.recording import (
     TENSOR_KEYS,
@@ -99,6 +99,7 @@ def audit(
         SelfTestError: the device cannot compute what the audit needs.
     """
     groups = groups or token_groups_of(recording)
+    check_names(arithmetics)
     _check_groups(recording, groups)
     steps = check_steps(recording, steps)
     device = find_device(backend)
@@ -175,16 +176,14 @@ class _Bench:
     def __init__(
         self,
         recording: Recording,
-        device: jax.Device,
+        device: Device,
         steps: tuple[int, int],
         window_steps: int | None,
     ):
         self.recording, self.device, self.steps = recording, device, steps
         self.rows = max(1, min(recording.tokens, 4 * WINDOW_ELEMENTS // recording.width))
         elements = self.rows * recording.width
-        self.length = min(
-            window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0]
-        )
+        self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
         if self.rows < recording.tokens:
             self.length = 1
         second = "max_exp_avg_sq" if recording.flag("amsgrad") else "exp_avg_sq"
@@ -224,9 +223,7 @@ class _Bench:
 
     def put(self, window: Window) -> dict[str, jax.Array]:
         """Hand a window to the device, flat: without a copy where the device is the CPU."""
-        flat = {
-            name: array.reshape(array.shape[0], -1) for name, array in window.tensors.items()
-        }
+        flat = {name: array.reshape(array.shape[0], -1) for name, array in window.tensors.items()}
         return {name: jax.device_put(array, self.device) for name, array in flat.items()}
 
     def scalars(self, step: Step, window: Window) -> Scalars:
@@ -453,7 +450,10 @@ class _Accountant:
                 continue
             fmt, at = recording.formats[name], tables.tensors.index(name)
             found = param if name == "param" else comparison.inspect(array, fmt, recording.storage)
-            for bit, table in ((NONFINITE, tables.nonfinite), (UNREPRESENTABLE, tables.unrepresentable)):
+            for bit, table in (
+                (NONFINITE, tables.nonfinite),
+                (UNREPRESENTABLE, tables.unrepresentable),
+            ):
                 if found & bit:
                     rows = comparison.tally(array, fmt, recording.storage, bit)
                     rows = rows if name == "grad" else rows[1:]
@@ -462,28 +462,43 @@ class _Accountant:
 
 def _choose(bench: _Bench, wanted: str | Sequence[str]) -> list[Candidate]:
     """Turn what was asked for into arithmetics with options."""
-    if wanted != "auto":
-        names = list(CATALOGUE) if wanted == "all" else _names(wanted)
-        return [_with_options(bench, CATALOGUE[name])[0] for name in names]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    chosen: list[Candidate] = []
+    for name in names:
+        if name == "auto":
+            chosen += _identified(bench)
+        elif name == "all":
+            chosen += [_with_options(bench, arithmetic) for arithmetic in CATALOGUE.values()]
+        else:
+            chosen.append(_with_options(bench, CATALOGUE[name]))
+    return [
+        c for k, c in enumerate(chosen) if c.arithmetic not in [d.arithmetic for d in chosen[:k]]
+    ]
+
+
+def _identified(bench: _Bench) -> list[Candidate]:
+    """Return the arithmetics that fit the probes, else the nearest one, and the usual assumption."""
     if not bench.stages():
         return [Candidate(CATALOGUE[USUAL_ASSUMPTION], Options())]
     ranked = _rank(bench)
     fitting = [c for c, counts, _ in ranked if all(n <= 0 for n in counts.values())]
-    chosen = fitting or [ranked[0][0]]
-    if USUAL_ASSUMPTION not in [c.arithmetic.name for c in chosen]:
-        chosen += [c for c, _, _ in ranked if c.arithmetic.name == USUAL_ASSUMPTION]
-    return chosen
+    usual = [c for c, _, _ in ranked if c.arithmetic.name == USUAL_ASSUMPTION]
+    return (fitting or [ranked[0][0]]) + usual
 
 
-def _names(wanted: str | Sequence[str]) -> list[str]:
-    names = [wanted] if isinstance(wanted, str) else list(dict.fromkeys(wanted))
-    unknown = [name for name in names if name not in CATALOGUE]
+def check_names(wanted: str | Sequence[str]) -> None:
+    """Raise unless everything named is an arithmetic, "auto" or "all".
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in {*CATALOGUE, "auto", "all"}]
     if unknown or not names:
         raise ValueError(
             f"unknown arithmetic {', '.join(map(repr, unknown)) or '(none)'}; there are "
-            f"{', '.join(CATALOGUE)}."
+            f"{', '.join(CATALOGUE)}, and `auto` and `all`."
         )
-    return names
 
 
 def _rank(bench: _Bench) -> list[tuple[Candidate, dict[Stage, int], int]]:
@@ -496,18 +511,14 @@ def _rank(bench: _Bench) -> list[tuple[Candidate, dict[Stage, int], int]]:
     return [best for _, best in ranked]
 
 
-def _with_options(
-    bench: _Bench, arithmetic: Arithmetic
-) -> tuple[Candidate, dict[Stage, int], int]:
+def _with_options(bench: _Bench, arithmetic: Arithmetic) -> Candidate:
     options = _possible_options(bench.recording)
     if len(options) == 1 or not bench.stages():
-        return Candidate(arithmetic, options[0]), {}, 0
-    return _best_options(bench, arithmetic)
+        return Candidate(arithmetic, options[0])
+    return _best_options(bench, arithmetic)[0]
 
 
-def _best_options(
-    bench: _Bench, arithmetic: Arithmetic
-) -> tuple[Candidate, dict[Stage, int], int]:
+def _best_options(bench: _Bench, arithmetic: Arithmetic) -> tuple[Candidate, dict[Stage, int], int]:
     tried = [
         _probe(bench, Candidate(arithmetic, options))
         for options in _possible_options(bench.recording)
@@ -537,7 +548,9 @@ def _possible_options(recording: Recording) -> list[Options]:
 
 def _probe(bench: _Bench, candidate: Candidate) -> tuple[Candidate, dict[Stage, int], int]:
     """Count a candidate's mismatches in an early, a middle and a late window."""
-    counts = {stage: 0 if stage in bench.stages() else results.NOT_AUDITED for stage in STAGES}
+    counts: dict[Stage, int] = {
+        stage: 0 if stage in bench.stages() else results.NOT_AUDITED for stage in STAGES
+    }
     compared = 0
     for window in _probe_windows(bench):
         arrays = bench.put(window)

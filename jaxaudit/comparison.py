@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.operations import (
     Float32Operations,
@@ -41,7 +42,7 @@ class Comparison:
         width: elements of one row.
     """
 
-    def __init__(self, device: jax.Device, width: int):
+    def __init__(self, device: Device, width: int):
         self._device = device
         self._width = width
 
@@ -161,7 +162,7 @@ def _fold(values: Any, combine: Callable) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _fold_program(combine: Callable, device: jax.Device) -> Callable:
+def _fold_program(combine: Callable, device: Device) -> Callable:
     return compile_exactly(jax.vmap(lambda lanes: _fold(lanes, combine)), device)
 
 
@@ -180,14 +181,12 @@ def _properties(patterns: Any, fmt: Format, storage: Format) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _inspect_program(fmt: Format, storage: Format, device: jax.Device) -> Callable:
+def _inspect_program(fmt: Format, storage: Format, device: Device) -> Callable:
     return compile_exactly(lambda patterns: _properties(patterns, fmt, storage), device)
 
 
 @functools.lru_cache(maxsize=64)
-def _tally_program(
-    fmt: Format, storage: Format, bit: int, width: int, device: jax.Device
-) -> Callable:
+def _tally_program(fmt: Format, storage: Format, bit: int, width: int, device: Device) -> Callable:
     def one_step(patterns: Any) -> jax.Array:
         found = (_properties(patterns, fmt, storage) & np.uint8(bit)) != 0
         return _fold(found.astype(jnp.int32).reshape(-1, width), jnp.add)
@@ -197,7 +196,7 @@ def _tally_program(
 
 @functools.lru_cache(maxsize=64)
 def _count_program(
-    replayed_format: Format, recorded_format: Format, width: int, device: jax.Device
+    replayed_format: Format, recorded_format: Format, width: int, device: Device
 ) -> Callable:
     def one_step(replayed: Any, recorded: Any) -> jax.Array:
         a, b = widen_patterns(replayed, replayed_format), widen_patterns(recorded, recorded_format)
@@ -210,7 +209,7 @@ def _count_program(
 
 @functools.lru_cache(maxsize=64)
 def _distance_program(
-    replayed_format: Format, recorded_format: Format, width: int, device: jax.Device
+    replayed_format: Format, recorded_format: Format, width: int, device: Device
 ) -> Callable:
     def line(patterns: Any) -> Any:
         """Place patterns on the ordered line (see `floats.ordered`), moved up into uint32."""
@@ -233,7 +232,7 @@ def _distance_program(
 
 @functools.lru_cache(maxsize=64)
 def _observed_program(
-    fmt: Format, width: int, formulation: Formulation, device: jax.Device
+    fmt: Format, width: int, formulation: Formulation, device: Device
 ) -> Callable:
     def whole(zero: Any, recorded: Any) -> jax.Array:
         ops = _operations(formulation, zero)
@@ -253,7 +252,7 @@ def _products_program(
     recorded_format: Format,
     width: int,
     formulation: Formulation,
-    device: jax.Device,
+    device: Device,
 ) -> Callable:
     def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
         ops = _operations(formulation, zero)

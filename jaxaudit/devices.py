@@ -1,8 +1,11 @@
 """Where JAX runs."""
 
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
+
+#: A `jax.Device`, which JAX exports as a variable that type checkers do not take.
+Device: TypeAlias = Any
 
 Backend = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -13,7 +16,7 @@ class BackendError(ValueError):
     """A backend was named that is not there."""
 
 
-def find_device(backend: Backend = "auto") -> jax.Device:
+def find_device(backend: Backend = "auto") -> Device:
     """Return the first device of a backend; `auto` is the fastest one that JAX finds.
 
     Raises:

@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxaudit import floats
+from jaxaudit.devices import Device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
 
 #: A NumPy or JAX array; each class of operations says which.
@@ -226,7 +227,7 @@ class Float64Operations:
         return jnp.where(mask, a, b)
 
 
-def compile_exactly(function: Callable, device: jax.Device) -> Callable:
+def compile_exactly(function: Callable, device: Device) -> Callable:
     """Compile without the passes that change the arithmetic that was written.
 
     On CPU, XLA's algebraic simplifier would turn a division by a broadcast scalar into a multiplication
@@ -322,9 +323,7 @@ def _float64_of_bits(bits: Value) -> Value:
     shifted = jnp.where(subnormal, magnitude + np.uint64(0x00800000), magnitude) << 29
     value = lax.bitcast_convert_type(shifted + bias, jnp.float64)
     value = value - jnp.where(subnormal, _SMALLEST_NORMAL, np.float64(0))
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(value, jnp.uint64) | sign, jnp.float64
-    )
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint64) | sign, jnp.float64)
 
 
 def _bits_of_float64(value: Value) -> Value:

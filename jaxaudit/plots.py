@@ -53,8 +53,9 @@ def agreement(dataset: xr.Dataset) -> Figure:
             # The first, the identified one, is drawn last, on top of the others.
             for k in reversed(range(len(names))):
                 values = part[variable].sel(arithmetic=names[k])
-                style = {"color": _COLOURS[k % len(_COLOURS)], "ls": _MARKS[k % len(_MARKS)]}
-                axis.plot(part.timestep, values, lw=1.3 if k == 0 else 0.8, label=names[k], **style)
+                colour, mark = _style(k)
+                width = 1.3 if k == 0 else 0.8
+                axis.plot(part.timestep, values, mark, color=colour, lw=width, label=names[k])
             axis.set_title(f"{group}: {variable.replace('_', ' ')}", fontsize=10, loc="left")
             axis.set_xlabel("timestep" if group == groups[-1] else "")
             _calm(axis)
@@ -66,7 +67,9 @@ def mismatches(dataset: xr.Dataset) -> Figure:
     """Draw the share of elements whose bits differ, a panel per stage, a line per arithmetic."""
     whole = dataset.sel(token_group="all")
     stages = [str(stage) for stage in dataset.stage.values]
-    figure, axes = _panels(len(stages), "Elements whose replayed bits differ from the recorded ones")
+    figure, axes = _panels(
+        len(stages), "Elements whose replayed bits differ from the recorded ones"
+    )
     for stage, axis in zip(stages, axes, strict=True):
         for k, name in enumerate(dataset.arithmetic.values):
             part = whole.sel(stage=stage, arithmetic=name)
@@ -76,8 +79,8 @@ def mismatches(dataset: xr.Dataset) -> Figure:
                 total = int(part.mismatch_count.sum())
                 label = f"{name}: {total:,} in all" if total else f"{name}: none"
                 share = part.mismatch_count.values / int(whole.element_count)
-            style = {"color": _COLOURS[k % len(_COLOURS)], "ls": _MARKS[k % len(_MARKS)]}
-            axis.plot(part.timestep, share, lw=1.2, label=label, **style)
+            colour, mark = _style(k)
+            axis.plot(part.timestep, share, mark, color=colour, lw=1.2, label=label)
         axis.set_title(stage, fontsize=10, loc="left")
         axis.set_ylabel("share of elements")
         axis.set_ylim(-0.03, 1.03)
@@ -93,6 +96,10 @@ FIGURES = {
     "agreement.png": agreement,
     "mismatches.png": mismatches,
 }
+
+
+def _style(k: int) -> tuple[str, str]:
+    return _COLOURS[k % len(_COLOURS)], _MARKS[k % len(_MARKS)]
 
 
 def _panels(count: int, title: str) -> tuple[Figure, Iterable[Axes]]:

@@ -156,8 +156,13 @@ class Recording:
         """
         rows = _json_counts(self.metadata.get("rows"))
         shape = _json_counts(self.metadata.get("parameter_shape"))
-        whole = rows is None or shape is None or len(rows) != self.tokens
-        if whole or tuple(shape[1:]) != self.row_shape or max(rows, default=0) >= shape[0]:
+        if (
+            not rows
+            or not shape
+            or len(rows) != self.tokens
+            or tuple(shape[1:]) != self.row_shape
+            or max(rows) >= shape[0]
+        ):
             return np.arange(self.step_elements), self.step_elements
         within = np.arange(self.width)
         return (np.array(rows)[:, None] * self.width + within).reshape(-1), math.prod(shape)
@@ -319,7 +324,7 @@ class Recording:
             raise FileError(
                 f"{self.path}: the metadata `hyperparameters` is not a JSON object. Correct or remove it."
             )
-        stated = {_SPELLINGS.get(name, name): value for name, value in stated.items()}
+        stated = {_SPELLINGS.get(str(name), str(name)): value for name, value in stated.items()}
         betas = stated.pop("betas", None)
         if isinstance(betas, list) and len(betas) == 2:
             stated = {"beta1": betas[0], "beta2": betas[1]} | stated
@@ -477,7 +482,9 @@ def _as_doubles(path: Path, name: str, stated: Any) -> NDArray[np.float64]:
     values = stated if isinstance(stated, list) else [stated]
     good = values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not good or (len(values) > 1 and name != "learning_rate"):
-        raise FileError(f"{path}: the metadata `hyperparameters` gives no usable number for {name}.")
+        raise FileError(
+            f"{path}: the metadata `hyperparameters` gives no usable number for {name}."
+        )
     try:
         return np.array([float(value) for value in values], np.float64)
     except OverflowError:

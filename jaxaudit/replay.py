@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jaxaudit import floats
 from jaxaudit.arithmetics import Scalars, Stage, Step, ordinary, scalars_of
+from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import (
@@ -33,7 +34,8 @@ Formulation = Literal["float32", "float64"]
 Recorded = Mapping[str, Any]
 
 #: Bits of an element's flags.
-DIFFERS, STRAY = np.uint8(1), np.uint8(2)
+DIFFERS = np.uint8(1)
+STRAY = np.uint8(2)
 
 #: Elements of each timestep that the self-test tries.
 _TRIED = 4096
@@ -95,7 +97,7 @@ class Replayer:
 
     def __init__(
         self,
-        device: jax.Device,
+        device: Device,
         formats: Mapping[str, Format],
         shape: tuple[int, int],
         second_moment: str = "exp_avg_sq",
@@ -150,7 +152,10 @@ class Replayer:
         """Compute a stage's new values, as patterns of `program.result`, (steps, elements).
 
         Args:
-            program: as for `flags`, and so are `scalars`, `window` and `rule`.
+            program: the stage.
+            scalars: those of the window's steps.
+            window: recorded patterns.
+            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
             formulation: the one that `flags` returned for this window.
         """
         compiled = _results_program(program, formulation, self.device)
@@ -262,7 +267,9 @@ class _Trial:
         return f"{inputs} gave {results[t, k]:#x}, expected {self.expected[t, k]:#x}"
 
 
-def _differ(a: NDArray[Any], b: NDArray[Any], a_format: Format, b_format: Format) -> NDArray[np.bool_]:
+def _differ(
+    a: NDArray[Any], b: NDArray[Any], a_format: Format, b_format: Format
+) -> NDArray[np.bool_]:
     wide_a = floats.decode(a, a_format).view(np.uint32)
     wide_b = floats.decode(b, b_format).view(np.uint32)
     return (wide_a != wide_b) & ~(floats.is_nan(wide_a, FLOAT32) & floats.is_nan(wide_b, FLOAT32))
@@ -319,7 +326,7 @@ def _operations(formulation: Formulation, zero: jax.Array) -> Operations:
 
 
 @functools.lru_cache(maxsize=256)
-def _flags_program(program: Program, formulation: Formulation, device: jax.Device) -> Callable:
+def _flags_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, rule: Any, target: Any) -> jax.Array:
         ops = _operations(formulation, zero)
 
@@ -343,7 +350,7 @@ def _flags_program(program: Program, formulation: Formulation, device: jax.Devic
 
 
 @functools.lru_cache(maxsize=256)
-def _results_program(program: Program, formulation: Formulation, device: jax.Device) -> Callable:
+def _results_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, rule: Any) -> jax.Array:
         ops = _operations(formulation, zero)
 

@@ -155,7 +155,7 @@ class SafetensorsFile:
         return digest.hexdigest()
 
     def _fill(self, buffer: NDArray[np.uint8], offset: int, name: str) -> None:
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         try:
             while done < len(view):
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)

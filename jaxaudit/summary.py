@@ -102,13 +102,13 @@ def _summarize_arithmetic(one: xr.Dataset) -> dict[str, Any]:
 
 
 def _by_group(dataset: xr.Dataset, values: xr.DataArray) -> dict[str, int]:
-    return {
-        str(name): int(values.sel(token_group=name)) for name in dataset.token_group.values
-    }
+    return {str(name): int(values.sel(token_group=name)) for name in dataset.token_group.values}
 
 
 def _first_mismatch(fields: xr.DataArray) -> dict[str, int] | None:
-    found = {str(name): int(fields.sel(mismatch_field=name)) for name in fields.mismatch_field.values}
+    found = {
+        str(name): int(fields.sel(mismatch_field=name)) for name in fields.mismatch_field.values
+    }
     return found if found["timestep"] > 0 else None
 
 
@@ -165,7 +165,9 @@ def _timestep_table(found: dict[str, Any]) -> list[str]:
         for key, title in titles.items():
             if key in one:
                 rows.append([f"{name}: {title}", *(f"{one[key][g]:,}" for g in groups)])
-    return _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
+    return (
+        _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
+    )
 
 
 def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:

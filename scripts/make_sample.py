@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("make_sample: interrupted.", file=sys.stderr)
         return 130
     except (ImportError, OSError, ValueError, KeyError) as failure:
-        print(f"make_sample: {getattr(failure, 'strerror', None) or failure}", file=sys.stderr)
+        print(f"make_sample: {failure}", file=sys.stderr)
         return 2
     size = sample.stat().st_size
     print(

@@ -102,9 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         notify("interrupted before the first step was complete; nothing was written.")
         return 130
     except ImportError as failure:
-        notify(f'{failure.name or failure} is missing: pip install "jaxaudit[record]"')
+        notify(f'{failure.name or failure} is missing: pip install "jaxaudit[torch]"')
     except OSError as failure:
-        notify(failure.strerror or str(failure))
+        place = f"{failure.filename}: " if failure.filename else ""
+        notify(place + (failure.strerror or str(failure)))
     except (ValueError, TypeError, RuntimeError) as failure:
         notify(str(failure).splitlines()[0])
     return 2

@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="what to replay (auto: identify, then replay that and float32-then-bfloat16)",
     )
-    p.add_argument("--steps", metavar="START:STOP", help="steps START..STOP-1, from 1 (default: all)")
+    p.add_argument(
+        "--steps", metavar="START:STOP", help="steps START..STOP-1, from 1 (default: all)"
+    )
     p.add_argument("--output", metavar="PATH", help="NetCDF file (default: results/<stem>.nc)")
     p.add_argument("--csv", metavar="PATH", help="tables, one per group: PATH-GROUP-ARITHMETIC")
     p.add_argument("--plots", metavar="DIR", help="figures as PNG")
