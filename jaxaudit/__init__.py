@@ -15,7 +15,7 @@ _HOME = {
     "CATALOGUE": "arithmetics",
     "Options": "arithmetics",
     "audit": "auditing",
-    "identify": "auditing",
+    "identify": "identification",
     "BackendError": "devices",
     "FileError": "safetensors_file",
     "Recorder": "recorders.pytorch",

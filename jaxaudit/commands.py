@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import xarray as xr
 
-from jaxaudit import auditing, plots, results, summary
+from jaxaudit import auditing, identification, plots, results, summary, workbench
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.devices import BackendError, find_device
 from jaxaudit.recording import (
@@ -157,7 +157,7 @@ def _wanted_arithmetics(request: AuditRequest) -> list[str]:
         )
     names = [name.strip() for name in request.arithmetic.split(",")]
     try:
-        auditing.check_names(names)
+        identification.check_names(names)
     except ValueError as error:
         raise Failure(f"--arithmetic: {error}", WRONG_USAGE) from error
     return names + ([request.expect] if request.expect else [])
@@ -183,7 +183,7 @@ def _steps(request: AuditRequest, recording: Recording) -> tuple[int, int] | Non
         )
     start, stop = int(parts[1] or 1), int(parts[2] or recording.steps + 1)
     try:
-        return auditing.check_steps(recording, (start, stop))
+        return workbench.check_steps(recording, (start, stop))
     except ValueError as error:
         raise Failure(f"--steps: {error}", WRONG_USAGE) from error
 

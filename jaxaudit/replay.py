@@ -138,7 +138,7 @@ class Replayer:
             found = self._flags(program, "float32", scalars, window, rule)
             if not np.bitwise_or.reduce(found, axis=None) & STRAY:
                 return found, "float32"
-        self._require(program, "float64")
+        self.require(program, "float64")
         return self._flags(program, "float64", scalars, window, rule), "float64"
 
     def results(
@@ -180,7 +180,12 @@ class Replayer:
         converted = {name: value.astype(kind) for name, value in scalars.items()}
         return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, rule
 
-    def _require(self, program: Program, formulation: Formulation) -> None:
+    def require(self, program: Program, formulation: Formulation) -> None:
+        """Make sure that a program is exact on this device.
+
+        Raises:
+            SelfTestError: with the first input that comes out wrong.
+        """
         verdict = self._verdict(program, formulation)
         if verdict:
             raise SelfTestError(
@@ -215,6 +220,40 @@ class Replayer:
         if not wrong.any():
             return ""
         return trial.describe(tuple(np.argwhere(wrong)[0]), results)
+
+
+class FreeRun:
+    """Moments that were not recorded, obtained by running the arithmetic from zero over the gradients.
+
+    Args:
+        replayer: of the recording, with `step.operator_format` for the missing moments.
+        step: under which arithmetic.
+        elements: of one timestep.
+    """
+
+    def __init__(self, replayer: Replayer, step: Step, elements: int):
+        self._programs = [replayer.program(step, stage) for stage in ("exp_avg", "exp_avg_sq")]
+        for program in self._programs:
+            replayer.require(program, "float64")
+        kind = step.operator_format.pattern_dtype
+        self._state = tuple(jnp.zeros(elements, kind) for _ in self._programs)
+        self._compiled = _free_run_program(*self._programs, replayer.device)
+
+    def advance(self, scalars: Scalars, window: Recorded, rule: Any, steps: int) -> Recorded:
+        """Run through a window and return it with both moments, (steps + 1, elements), added.
+
+        Args:
+            scalars: those of the window's steps.
+            window: recorded patterns.
+            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
+            steps: how many of the window's steps are valid.
+        """
+        doubles = {name: value.astype(np.float64) for name, value in scalars.items()}
+        read = {i.tensor for program in self._programs for i in program.inputs}
+        arrays = {name: window[name] for name in sorted(read & {"grad", "param"})}
+        first, second = self._compiled(doubles, arrays, rule, self._state)
+        self._state = (first[steps], second[steps])
+        return {**window, "exp_avg": first, "exp_avg_sq": second}
 
 
 class _Trial:
@@ -361,5 +400,32 @@ def _results_program(program: Program, formulation: Formulation, device: Device)
         values = program.values(ops, window, scalars["beta2"].shape[0], rule)
         del values["scalar_rule"]
         return jax.vmap(one_step)(scalars, values)
+
+    return compile_exactly(whole, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _free_run_program(first: Program, second: Program, device: Device) -> Callable:
+    """Both moments over a window, each step fed with the one before; exact for every input."""
+    ops, fmt = Float64Operations(), first.step.operator_format
+
+    def whole(scalars: Any, window: Any, rule: Any, state: Any) -> tuple[jax.Array, ...]:
+        decoded = {
+            i.name: ops.decode(window[i.tensor][: scalars["beta2"].shape[0]], i.format)
+            for i in (*first.inputs, *second.inputs)
+            if i.tensor in window
+        }
+
+        def one_step(moments: Any, step: Any) -> tuple[Any, Any]:
+            s, x = step
+            x = x | {"scalar_rule": rule, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            after = tuple(p.step.replay(p.stage, ops, s, x) for p in (first, second))
+            return after, tuple(ops.encode(moment, fmt) for moment in after)
+
+        start = tuple(ops.decode(moment, fmt) for moment in state)
+        _, run = jax.lax.scan(one_step, start, (scalars, decoded))
+        return tuple(
+            jnp.concatenate([before[None], after]) for before, after in zip(state, run, strict=True)
+        )
 
     return compile_exactly(whole, device)

@@ -1,0 +1,250 @@
+"""The numbers of an audit, gathered window by window."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit import results
+from jaxaudit.arithmetics import STAGES, Stage
+from jaxaudit.comparison import (
+    NONFINITE,
+    TINY,
+    UNREPRESENTABLE,
+    max_groups,
+    members_within,
+    sum_groups,
+)
+from jaxaudit.floats import FLOAT16
+from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
+from jaxaudit.replay import Formulation, FreeRun, Program, Recorded
+from jaxaudit.workbench import Candidate, Workbench
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What came of one stage of one window."""
+
+    program: Program
+    formulation: Formulation
+    flags: NDArray[np.uint8] | None  # None where nothing differs
+    replayed: jax.Array | None
+
+
+class Tables:
+    """The numbers of an audit, filled in window by window."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        groups: TokenGroups,
+        arithmetics: list[str],
+        steps: tuple[int, int],
+    ):
+        self.groups, self.arithmetics, self.steps = groups, arithmetics, steps
+        self.tensors = [name for name in TENSOR_KEYS if name in recording.formats]
+        count = (len(arithmetics), steps[1] - steps[0], len(groups.members))
+        staged = (count[0], len(STAGES), *count[1:])
+        self.mismatches = np.full(staged, results.NOT_AUDITED, np.int64)
+        self.distances = np.full(staged, results.NOT_AUDITED, np.int64)
+        self.audited = np.zeros(staged[:2], np.int8)
+        self.first = np.full((*staged[:2], len(results.MISMATCH_FIELDS)), results.NOT_AUDITED)
+        self.observed = np.zeros(count[1:])
+        self.predicted, self.difference, self.product = (np.full(count, math.nan) for _ in range(3))
+        self.nonfinite = np.zeros((len(self.tensors), *count[1:]), np.int64)
+        self.unrepresentable = np.zeros_like(self.nonfinite)
+
+    def mark_audited(self, stages: Sequence[Stage]) -> None:
+        """Start the counts of these stages at zero."""
+        for stage in stages:
+            k = STAGES.index(stage)
+            self.audited[:, k] = 1
+            self.mismatches[:, k] = self.distances[:, k] = 0
+            if stage == "param":
+                self.predicted[:] = self.difference[:] = self.product[:] = 0
+
+    def place(self, window: Window) -> slice:
+        """Return the window's place on the timestep axis."""
+        return slice(window.first - self.steps[0], window.first - self.steps[0] + window.steps)
+
+
+class Accountant:
+    """Takes windows, one after the other, into the tables."""
+
+    def __init__(self, bench: Workbench, tables: Tables, candidates: Sequence[Candidate]):
+        self._bench, self._tables = bench, tables
+        self._candidates = candidates
+        self._stages = bench.stages()
+        self._runs: dict[tuple[Candidate, tuple[int, int]], FreeRun] = {}
+        tables.mark_audited(self._stages)
+
+    def account(self, window: Window) -> None:
+        """Replay and compare one window under every arithmetic."""
+        arrays = self._bench.put(window)
+        members = members_within(self._tables.groups, window.rows)
+        param = self._bench.comparison.inspect(
+            arrays["param"], self._bench.recording.storage, self._bench.recording.storage
+        )
+        observed = self._observe(window, arrays, members, bool(param & TINY))
+        clean: set[str] = set()
+        for a, candidate in enumerate(self._candidates):
+            read = self._with_moments(candidate, window, arrays)
+            for stage in self._stages:
+                outcome = self._replay(candidate, stage, window, read)
+                self._enter(a, stage, outcome, window, arrays, members)
+                clean |= self._proved(outcome)
+                if stage == "param":
+                    tiny = bool(param & TINY) or outcome.formulation == "float64"
+                    self._enter_norms(a, outcome, window, arrays, members, observed, tiny)
+        self._look_at_values(window, arrays, members, param, clean)
+
+    def run_up(self, window: Window) -> None:
+        """Take a window before the audited steps into moments that were not recorded."""
+        arrays = self._bench.put(window)
+        for candidate in self._candidates:
+            self._with_moments(candidate, window, arrays)
+
+    def _with_moments(self, candidate: Candidate, window: Window, arrays: Recorded) -> Recorded:
+        """Add the moments that were not recorded."""
+        bench = self._bench
+        if not bench.free_running:
+            return arrays
+        step, key = bench.step(candidate), (candidate, window.rows)
+        if key not in self._runs:
+            elements = arrays["param"].shape[1]
+            self._runs[key] = FreeRun(bench.replayer(step), step, elements)
+        scalars, rule = (
+            bench.scalars(step, window),
+            bench.rule(step, candidate.options, window.rows),
+        )
+        return {**self._runs[key].advance(scalars, arrays, rule, window.steps), **arrays}
+
+    def _replay(
+        self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded
+    ) -> _Outcome:
+        bench, program = self._bench, self._bench.program(candidate, stage)
+        flags, formulation = bench.flags(candidate, stage, window, arrays)
+        if not flags.any():
+            return _Outcome(program, formulation, None, None)
+        replayed = bench.results(candidate, stage, window, arrays, formulation)
+        return _Outcome(program, formulation, flags, replayed)
+
+    def _enter(
+        self,
+        a: int,
+        stage: Stage,
+        outcome: _Outcome,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+    ) -> None:
+        if outcome.flags is None:
+            return
+        tables, place, s = self._tables, self._tables.place(window), STAGES.index(stage)
+        counts, distances = self._bench.comparison.mismatches(
+            outcome.replayed, outcome.program.result, arrays[stage], outcome.program.recorded
+        )
+        tables.mismatches[a, s, place] += sum_groups(counts[: window.steps], members)
+        tables.distances[a, s, place] = np.maximum(
+            tables.distances[a, s, place], max_groups(distances[: window.steps], members)
+        )
+        if tables.first[a, s, 0] == results.NOT_AUDITED:
+            tables.first[a, s] = self._locate(outcome, window, window.tensors[stage])
+
+    def _locate(self, outcome: _Outcome, window: Window, recorded: NDArray[Any]) -> list[int]:
+        """Describe the first differing element as `results.MISMATCH_FIELDS`."""
+        assert outcome.flags is not None and outcome.replayed is not None
+        width = self._bench.recording.width
+        t, k = divmod(int(np.argmax(outcome.flags.reshape(-1) != 0)), outcome.flags.shape[1])
+        return [
+            window.first + t,
+            window.rows[0] + k // width,
+            k % width,
+            int(recorded[t + 1].reshape(-1)[k]),
+            int(np.asarray(outcome.replayed[t])[k]),
+        ]
+
+    def _observe(
+        self,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+        tiny: bool,
+    ) -> NDArray[np.float64]:
+        formulation: Formulation = "float64" if tiny else "float32"
+        rows = self._bench.comparison.squared_norms(
+            arrays["param"], self._bench.recording.storage, formulation
+        )
+        sums = sum_groups(rows[: window.steps], members)
+        self._tables.observed[self._tables.place(window)] += sums
+        return sums
+
+    def _enter_norms(
+        self,
+        a: int,
+        outcome: _Outcome,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+        observed: NDArray[np.float64],
+        tiny: bool,
+    ) -> None:
+        tables, place = self._tables, self._tables.place(window)
+        if outcome.flags is None:  # the replayed change is the recorded one, to the bit
+            tables.predicted[a, place] += observed
+            tables.product[a, place] += observed
+            return
+        program = outcome.program
+        rows = self._bench.comparison.inner_products(
+            outcome.replayed,
+            program.result,
+            arrays["param"],
+            program.recorded,
+            "float64" if tiny else "float32",
+        )
+        targets = (tables.predicted, tables.difference, tables.product)
+        for table, values in zip(targets, rows, strict=True):
+            table[a, place] += sum_groups(values[: window.steps], members)
+
+    def _proved(self, outcome: _Outcome) -> set[str]:
+        """Name the tensors that a stage without strays or mismatches proves finite and representable.
+
+        A float16 result may be infinite although every operand was ordinary.
+        """
+        program, storage = outcome.program, self._bench.recording.storage
+        ordinary = outcome.flags is None and outcome.formulation == "float32"
+        if not ordinary or storage is FLOAT16:
+            return set()
+        rounded = program.result is storage
+        return {i.tensor for i in program.inputs if i.tensor == "grad"} | (
+            {program.stage} if rounded else set()
+        )
+
+    def _look_at_values(
+        self,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+        param: int,
+        clean: set[str],
+    ) -> None:
+        """Count infinities, NaNs and values beyond the storage format, where there may be any."""
+        recording, comparison = self._bench.recording, self._bench.comparison
+        tables, place = self._tables, self._tables.place(window)
+        for name, array in arrays.items():
+            if name in clean and name != "param":
+                continue
+            fmt, at = recording.formats[name], tables.tensors.index(name)
+            found = param if name == "param" else comparison.inspect(array, fmt, recording.storage)
+            for bit, table in (
+                (NONFINITE, tables.nonfinite),
+                (UNREPRESENTABLE, tables.unrepresentable),
+            ):
+                if found & bit:
+                    rows = comparison.tally(array, fmt, recording.storage, bit)
+                    rows = rows if name == "grad" else rows[1:]
+                    table[at, place] += sum_groups(rows[: window.steps], members)
