@@ -1,20 +1,24 @@
 """What the commands do, apart from parsing and printing: check first, work, then write whole files."""
 
+import collections
 import contextlib
 import csv
 import dataclasses
 import errno
-import io
+import functools
+import itertools
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import jax
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 
 from jaxaudit import auditing, identification, plots, results, summary, workbench
 from jaxaudit.arithmetics import CATALOGUE
@@ -28,7 +32,7 @@ from jaxaudit.recording import (
     token_groups_of,
 )
 from jaxaudit.replay import SelfTestError
-from jaxaudit.safetensors_file import FileError
+from jaxaudit.safetensors_file import FileError, printable
 
 NOT_AS_EXPECTED, WRONG_USAGE, BAD_INPUT, SELF_TEST_FAILED = 1, 2, 3, 4
 
@@ -44,10 +48,10 @@ CSV_COLUMNS = (
 
 
 class Failure(Exception):
-    """An error for people: one or two lines, and the exit status that goes with them."""
+    """An error for people: one line, and the exit status that goes with it."""
 
     def __init__(self, message: str, status: int):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.status = status
 
 
@@ -78,14 +82,19 @@ def run_audit(
         Failure: anything that people can mend.
     """
     with _failures():
+        _refuse_empty_names(request)
         wanted = _wanted_arithmetics(request)
         find_device(request.backend)  # before any file is opened
         with _open(request) as recording:
             groups = _groups(request, recording)
             steps = _steps(request, recording)
             output = Path(request.output or Path("results") / f"{recording.path.stem}.nc")
-            for path in _outputs(request, output, groups):
-                _check_writable(path, overwrite=request.overwrite)
+            outputs = list(_outputs(request, output, groups, wanted))
+            _check_distinct(outputs, [recording.path, *filter(None, [request.token_groups])])
+            for path in outputs:
+                _check_free(path, overwrite=request.overwrite)
+            for folder in {path.parent for path in outputs}:
+                _check_writable(folder)
             dataset = auditing.audit(
                 recording,
                 groups,
@@ -96,25 +105,6 @@ def run_audit(
             )
         _write(request, dataset, output)
     return _status(request, dataset), _text(request, dataset, output)
-
-
-def write_tables(
-    dataset: xr.Dataset, path: Path, groups: Sequence[str], arithmetics: Sequence[str]
-) -> list[Path]:
-    """Write `CSV_COLUMNS` for each token group and arithmetic, and return the files' names."""
-    written = []
-    for group in groups:
-        for arithmetic in arithmetics:
-            one = dataset.sel(token_group=group, arithmetic=arithmetic)
-            columns = [one.timestep.values, *(one[name].values for name in CSV_COLUMNS[1:])]
-            with _whole_file(_table_path(path, group, arithmetic)) as file:
-                text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-                writer = csv.writer(text, lineterminator="\n")
-                writer.writerow(CSV_COLUMNS)
-                writer.writerows(zip(*(c.tolist() for c in columns), strict=True))
-                text.detach()
-            written.append(_table_path(path, group, arithmetic))
-    return written
 
 
 @contextlib.contextmanager
@@ -134,18 +124,32 @@ def _failures() -> Iterator[None]:
         raise Failure(
             f"out of memory ({error}); the recording's rows are too large.", BAD_INPUT
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Failure(
+            "out of memory on the device; the recording's rows are too large. Try --backend cpu.",
+            BAD_INPUT,
+        ) from error
 
 
 def _output_problem(error: OSError) -> str:
-    where = error.filename2 or error.filename or ""
+    where = error.filename2 or error.filename or "the output"
     if error.errno == errno.ENOSPC:
         return (
-            f"no space left on the device for {where or 'the output'}; nothing was written there. "
-            "Free some space or choose another --output."
+            f"no space left on the device for {where}; nothing was written. Free some space or choose "
+            "another place."
         )
     if error.strerror:
         return f"cannot write {where}: {error.strerror}. Choose another place."
     return str(error)
+
+
+def _refuse_empty_names(request: AuditRequest) -> None:
+    """Refuse what an unset variable of a shell script turns into."""
+    for name in ("recording", "token_groups", "output", "csv", "plots"):
+        if getattr(request, name) == "":
+            raise Failure(f"{name}: the name is empty. Give a path or leave it out.", WRONG_USAGE)
 
 
 def _wanted_arithmetics(request: AuditRequest) -> list[str]:
@@ -188,58 +192,106 @@ def _steps(request: AuditRequest, recording: Recording) -> tuple[int, int] | Non
         raise Failure(f"--steps: {error}", WRONG_USAGE) from error
 
 
-def _outputs(request: AuditRequest, output: Path, groups: TokenGroups) -> Iterator[Path]:
+def _outputs(
+    request: AuditRequest, output: Path, groups: TokenGroups, wanted: Sequence[str]
+) -> Iterator[Path]:
     yield output
     if request.csv:
-        for group in groups.names:
-            yield from (_table_path(Path(request.csv), group, name) for name in CATALOGUE)
+        path = Path(request.csv)
+        if not path.name or path.is_dir():
+            raise Failure(f"--csv: {path} is a folder; name a file.", WRONG_USAGE)
+        names = list(CATALOGUE) if {"auto", "all"} & set(wanted) else sorted(set(wanted))
+        yield from itertools.starmap(
+            functools.partial(_table_path, path), itertools.product(groups.names, names)
+        )
     if request.plots:
         yield from (Path(request.plots) / name for name in plots.FIGURES)
 
 
-def _check_writable(path: Path, *, overwrite: bool) -> None:
-    """Refuse before any work what would be refused after it."""
+def _check_distinct(outputs: Sequence[Path], inputs: Sequence[Path | str]) -> None:
+    """Refuse to write one file twice, or over what is read."""
+    path, times = collections.Counter(outputs).most_common(1)[0]
+    if times > 1:
+        raise Failure(
+            f"{path} would be written twice. Rename the output or the token group.", WRONG_USAGE
+        )
+    for path, source in itertools.product(outputs, inputs):
+        if path.exists() and path.samefile(source):
+            raise Failure(
+                f"{path} is what this command reads; it is not replaced. Choose another name.",
+                WRONG_USAGE,
+            )
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
     if path.is_dir():
         raise Failure(f"{path} is a folder; name a file.", WRONG_USAGE)
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path} is not a regular file; name another.", WRONG_USAGE)
     if path.exists() and not overwrite:
         raise Failure(
             f"{path} exists already. Choose another name, or pass --overwrite to replace it.",
             WRONG_USAGE,
         )
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse before any work what would be refused after it."""
+    nearest = next((f for f in (folder, *folder.parents) if os.path.lexists(f)), folder)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return
+    except OSError as error:
         raise Failure(
-            f"{folder} is not a folder that can be written to, so {path} cannot be made there. "
-            "Choose another place.",
+            f"{nearest} is not a folder that can be written to ({error.strerror}). Choose another place.",
             WRONG_USAGE,
-        )
+        ) from error
 
 
 def _write(request: AuditRequest, dataset: xr.Dataset, output: Path) -> None:
-    arithmetics = [str(name) for name in dataset.arithmetic.values]
+    """Write every file under a temporary name first: all of them appear, or none."""
+    with contextlib.ExitStack() as unfinished:
+        written = []
+        for path, write in _writers(request, dataset, output):
+            try:
+                temporary = unfinished.enter_context(results.temporary_beside(path))
+                write(temporary)
+            except OSError as error:  # name the file that was wanted, not the temporary one
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            written.append((temporary, path))
+        for _, path in written:
+            _check_free(path, overwrite=request.overwrite)  # another run may have been faster
+        for temporary, path in written:
+            results.publish(temporary, path)
+
+
+def _writers(
+    request: AuditRequest, dataset: xr.Dataset, output: Path
+) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """Pair each output with the function that writes it."""
+    yield output, functools.partial(results.write, dataset)
     if request.csv:
-        names = [str(name) for name in dataset.token_group.values]
-        write_tables(dataset, Path(request.csv), names, arithmetics)
+        names = itertools.product(dataset.token_group.values, dataset.arithmetic.values)
+        for group, arithmetic in names:
+            one = dataset.sel(token_group=group, arithmetic=arithmetic)
+            path = _table_path(Path(request.csv), str(group), str(arithmetic))
+            yield path, functools.partial(_write_table, one)
     if request.plots:
         for name, draw in plots.FIGURES.items():
-            with _whole_file(Path(request.plots) / name) as file:
-                draw(dataset).savefig(file, format="png", dpi=110)
-    results.save(dataset, output, overwrite=request.overwrite)
+            yield Path(request.plots) / name, functools.partial(_write_figure, dataset, draw)
 
 
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that gets its name only when everything has been written to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        results.publish(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def _write_table(one: xr.Dataset, path: Path) -> None:
+    """Write `CSV_COLUMNS` of one token group and arithmetic."""
+    columns = [one.timestep.values, *(one[name].values for name in CSV_COLUMNS[1:])]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _write_figure(dataset: xr.Dataset, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
+    draw(dataset).savefig(path, format="png", dpi=110)
 
 
 def _table_path(path: Path, group: str, arithmetic: str) -> Path:
@@ -266,7 +318,7 @@ def _text(request: AuditRequest, dataset: xr.Dataset, output: Path) -> str:
         lines.append(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."
         )
-    return "\n".join([*lines, f"Written to {output}"])
+    return "\n".join([*lines, f"Written to {printable(str(output))}"])
 
 
 def _plain(value: Any) -> Any:

@@ -144,7 +144,7 @@ def _change(ops: Operations, after: Any, before: Any) -> Any:
 def _fold(values: Any, combine: Callable) -> Any:
     """Combine the columns of (rows, width) into at most `_LANES` per block, in a fixed order."""
     rows, width = values.shape
-    if width <= _LANES:
+    if width < 2 * _LANES:
         return functools.reduce(combine, [values[:, k : k + 1] for k in range(width)])
     blocks = width // _BLOCK * _BLOCK
     lanes = width // _LANES * _LANES

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jaxaudit.floats import FORMATS, Format
 from jaxaudit.hyperparameters import Hyperparameters, double_of_float32
-from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched
+from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched, short
 
 #: The recording's big tensors: our name for each, and its key in the file.
 TENSOR_KEYS = {
@@ -41,8 +41,6 @@ _SPELLINGS = {
     "adam_beta2": "beta2",
     "adam_epsilon": "epsilon",
 }
-
-_GROUP_KEYS = ("_mask", "token_group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +189,7 @@ class Recording:
 
     def group_tensors(self) -> SafetensorsFile | None:
         """Return the open file if it holds token groups of its own."""
-        found = any(name.endswith(_GROUP_KEYS) for name in self._file.tensors)
+        found = any(_holds_groups(name) for name in self._file.tensors)
         return self._file if found else None
 
     def _buffers(
@@ -224,7 +222,7 @@ class Recording:
     def _shape(self) -> tuple[int, ...]:
         tensor = self._file.tensors.get("W")
         if tensor is None:
-            found = ", ".join(list(self._file.tensors)[:8]) or "no tensor at all"
+            found = short(", ".join(self._file.tensors)) or "no tensor at all"
             raise FileError(
                 f"{self.path}: no `W` (found: {found}). A recording holds the parameter as `W` of shape "
                 "(T+1, token, ...)."
@@ -417,30 +415,30 @@ def token_groups_of(recording: Recording) -> TokenGroups:
 
 def read_token_groups(file: SafetensorsFile) -> TokenGroups:
     """Read token groups from an open file (see `open_token_groups`)."""
-    found: dict[str, NDArray[np.bool_]] = {}
-    for name in file.tensors:
+    groups: list[tuple[str, NDArray[np.int64]]] = []
+    sizes: set[int] = set()
+    for name in filter(_holds_groups, file.tensors):
         if name == "token_group":
-            found |= _labelled_groups(file)
-        elif name.endswith("_mask"):
+            size, labelled = _labelled_groups(file)
+            groups += labelled
+        else:
             mask = _vector(file, name, ("BOOL", "U8")).astype(bool)
-            found[name.removesuffix("_mask")] = mask
+            size = mask.size
+            groups.append((name.removesuffix("_mask"), np.flatnonzero(mask)))
             if name == "dead_mask":
-                found["live"] = ~mask
-    sizes = {mask.size for mask in found.values()}
+                groups.append(("live", np.flatnonzero(~mask)))
+        sizes.add(size)
     if len(sizes) != 1 or 0 in sizes:
         raise FileError(
-            f"{file.path}: no usable token group (lengths {sorted(sizes)}); needed `dead_mask`, another "
-            "`NAME_mask` or `token_group`, all over the same tokens."
-        )
-    empty = [name for name, mask in found.items() if not mask.any()]
-    if empty:
-        raise FileError(
-            f"{file.path}: the token group {', '.join(map(repr, empty))} has no token. "
-            "Correct the mask or leave it out."
+            f"{file.path}: no usable token group (lengths {short(sorted(sizes))}); needed `dead_mask`, "
+            "another `NAME_mask` or `token_group`, all over the same tokens."
         )
     tokens = sizes.pop()
-    named = {name: np.flatnonzero(mask) for name, mask in found.items() if name != "all"}
-    return TokenGroups(tokens, {"all": np.arange(tokens)} | named)
+    members = {"all": np.arange(tokens)}
+    for name, indices in groups:
+        _check_group(file.path, name, indices, members)
+        members[name] = indices
+    return TokenGroups(tokens, members)
 
 
 def sample_paths() -> tuple[Path, Path]:
@@ -449,7 +447,30 @@ def sample_paths() -> tuple[Path, Path]:
     return folder / "sample.safetensors", folder / "sample-token-groups.safetensors"
 
 
-def _labelled_groups(file: SafetensorsFile) -> dict[str, NDArray[np.bool_]]:
+def _holds_groups(name: str) -> bool:
+    return name == "token_group" or name.endswith("_mask")
+
+
+def _check_group(
+    path: Path, name: str, indices: NDArray[np.int64], others: Mapping[str, NDArray[np.int64]]
+) -> None:
+    if not name or not name.isprintable():
+        raise FileError(
+            f"{path}: {short(repr(name))} cannot name a token group. Give it another name."
+        )
+    if not indices.size:
+        raise FileError(
+            f"{path}: the token group '{short(name)}' has no token. Correct the mask or leave it out."
+        )
+    if name in others and not np.array_equal(others[name], indices):
+        raise FileError(
+            f"{path}: two token groups with different tokens are called '{short(name)}'"
+            f"{', which stands for every token' if name == 'all' else ''}. Rename one of them."
+        )
+
+
+def _labelled_groups(file: SafetensorsFile) -> tuple[int, list[tuple[str, NDArray[np.int64]]]]:
+    """Return how many tokens `token_group` labels, and each label's name and tokens."""
     integers = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
     labels = _vector(file, "token_group", integers)
     present = np.unique(labels)
@@ -465,14 +486,15 @@ def _labelled_groups(file: SafetensorsFile) -> dict[str, NDArray[np.bool_]]:
         names = {str(label): name for label, name in enumerate(names)}
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise FileError(f"{file.path}: the metadata `group_names` must give a string per label.")
-    return {str(names.get(str(k), f"group_{k}")): labels == k for k in present}
+    named = [(names.get(str(k), f"group_{k}"), np.flatnonzero(labels == k)) for k in present]
+    return labels.size, named
 
 
 def _vector(file: SafetensorsFile, name: str, dtypes: tuple[str, ...]) -> NDArray[Any]:
     tensor = file.tensors[name]
     if tensor.dtype not in dtypes or len(tensor.shape) != 1:
         raise FileError(
-            f"{file.path}: `{name}` is {tensor.dtype} of shape {list(tensor.shape)}; needed one axis over "
+            f"{file.path}: `{short(name)}` is {tensor.dtype} of shape {list(tensor.shape)}; needed one axis over "
             f"tokens, of {' or '.join(dtypes)}."
         )
     return file.read(name)
@@ -496,5 +518,5 @@ def _json_counts(text: str | None) -> list[int] | None:
         counts = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
-    good = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
+    good = isinstance(counts, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in counts)
     return counts if good else None

@@ -1,9 +1,12 @@
 """The dataset of an audit: one table of variables that labels, checks, saves and loads it."""
 
+import contextlib
 import dataclasses
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ SCHEMA_VERSION = "1"
 
 #: What stands in an integer variable where a stage was not audited; no count is negative.
 NOT_AUDITED = -1
+
+_LABEL_BYTES = 1 << 20  # more than names, units and attributes take in a file
 
 #: Fields of `first_mismatch`, in order.
 MISMATCH_FIELDS = ("timestep", "token", "position", "recorded_bits", "replayed_bits")
@@ -150,25 +155,52 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str], *, overwrite: bool =
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another name or overwrite it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(target) as temporary:
+        write(dataset, temporary)
+        publish(temporary, target)
+
+
+def write(dataset: xr.Dataset, path: Path) -> None:
+    """Write a NetCDF file in place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     # No fill values: xarray would read integers that have one back as floating point.
     encoding = {str(name): {"_FillValue": None} for name in dataset.variables}
-    handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}-", suffix=".tmp"
-    )
-    os.close(handle)
+    attributes = {name: _encodable(value) for name, value in dataset.attrs.items()}
     try:
-        dataset.to_netcdf(temporary, engine="netcdf4", encoding=encoding)
-        publish(temporary, target)
-    except RuntimeError as error:  # netCDF's own word for a failed write
-        raise OSError(f"{target} cannot be written ({error}).") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        dataset.assign_attrs(attributes).to_netcdf(path, engine="netcdf4", encoding=encoding)
+    except (RuntimeError, OSError) as error:  # netCDF does not tell why a write failed
+        full = shutil.disk_usage(path.parent).free < dataset.nbytes + _LABEL_BYTES
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
-def publish(temporary: str | os.PathLike[str], target: Path) -> None:
+@contextlib.contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Make an empty file in the target's folder, and the folder where it is missing.
+
+    Neither is left behind unless `publish` gives the file its name.
+    """
+    missing = [folder for folder in target.parents if not os.path.lexists(folder)]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jaxaudit-", suffix=".tmp")
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something else has come into it
+                folder.rmdir()
+        raise
+
+
+def publish(temporary: Path, target: Path) -> None:
     """Give a finished temporary file its name, once its bytes are on the disk."""
-    os.chmod(temporary, 0o666 & ~_umask())
+    temporary.chmod(0o666 & ~_umask())
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
@@ -190,6 +222,11 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
 def _attributes(field: Field) -> dict[str, str]:
     found = {"long_name": field.long_name, "units": field.units}
     return found | ({"comment": field.comment} if field.comment else {})
+
+
+def _encodable(value: Any) -> Any:
+    """Escape what is not Unicode: the undecodable bytes of a file name."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,8 +108,11 @@ class SafetensorsFile:
         """Read a whole (small) tensor."""
         tensor = self.tensors[name]
         out = np.empty(tensor.shape, DTYPES[tensor.dtype])
+        raw = out.reshape(-1).view(np.uint8)
         if out.nbytes:
-            self._fill(out.reshape(-1).view(np.uint8), tensor.offset, name)
+            self._fill(raw, tensor.offset, name)
+        if tensor.dtype == "BOOL":  # NumPy's booleans must be 0 or 1
+            raw[:] = raw != 0
         return out
 
     def read_floats(self, name: str) -> NDArray[np.float64]:
@@ -151,7 +155,7 @@ class SafetensorsFile:
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file's length and of its first MiB beyond the header."""
         digest = hashlib.sha256(f"{self.size}:".encode())
-        digest.update(os.pread(self._descriptor, self._start + (1 << 20), 0))
+        digest.update(self._pread(self._start + (1 << 20), 0))
         return digest.hexdigest()
 
     def _fill(self, buffer: NDArray[np.uint8], offset: int, name: str) -> None:
@@ -161,18 +165,30 @@ class SafetensorsFile:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
                 if count == 0:
                     raise FileError(
-                        f"{self.path}: `{name}` ends at byte {offset + done}, {len(view) - done} bytes "
+                        f"{self.path}: `{short(name)}` ends at byte {offset + done}, {len(view) - done} bytes "
                         "early; the file became shorter while it was read. Start again once it is complete."
                     )
                 done += count
         except OSError as error:
             raise FileError(
-                f"{self.path}: `{name}` cannot be read at byte {offset + done} "
+                f"{self.path}: `{short(name)}` cannot be read at byte {offset + done} "
                 f"({error.strerror}). Check the disk or copy the file."
             ) from error
 
+    def _pread(self, length: int, offset: int) -> bytes:
+        """Read that many bytes, or fewer where the file ends."""
+        found = bytearray()
+        try:
+            while chunk := os.pread(self._descriptor, length - len(found), offset + len(found)):
+                found += chunk
+            return bytes(found)
+        except OSError as error:
+            raise FileError(
+                f"{self.path}: cannot be read ({error.strerror}). Check the disk or copy the file."
+            ) from error
+
     def _read_header(self) -> tuple[dict[str, Any], int]:
-        lead = os.pread(self._descriptor, 8, 0)
+        lead = self._pread(8, 0)
         length = int.from_bytes(lead, "little")
         if len(lead) < 8 or length < 2 or length > _LARGEST_HEADER:
             raise FileError(
@@ -184,19 +200,16 @@ class SafetensorsFile:
                 f"{self.path}: truncated within the header ({self.size} bytes, the header alone needs "
                 f"{8 + length}). Copy or record the file again."
             )
-        text = b""
-        while len(text) < length:
-            chunk = os.pread(self._descriptor, length - len(text), 8 + len(text))
-            if not chunk:
-                raise FileError(f"{self.path}: truncated within the header. Copy the file again.")
-            text += chunk
+        text = self._pread(length, 8)
+        if len(text) < length:
+            raise FileError(f"{self.path}: truncated within the header. Copy the file again.")
         try:
             header = json.loads(
                 text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
             )
         except (ValueError, RecursionError) as error:
             raise FileError(
-                f"{self.path}: the safetensors header is not valid JSON ({_short(error)}). "
+                f"{self.path}: the safetensors header is not valid JSON ({short(error)}). "
                 "Record or copy the file again."
             ) from error
         if not isinstance(header, dict):
@@ -210,27 +223,27 @@ class SafetensorsFile:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise FileError(
-                f"{self.path}: the header's entry for `{_short(name)}` lacks dtype, shape or data_offsets."
+                f"{self.path}: the header's entry for `{short(name)}` lacks dtype, shape or data_offsets."
             ) from None
         whole = isinstance(shape, list) and all(map(_is_count, [*shape, begin, end]))
         if not whole or not isinstance(dtype, str) or len(shape) > 32:
             raise FileError(
-                f"{self.path}: the header's entry for `{_short(name)}` has no valid dtype, shape and "
+                f"{self.path}: the header's entry for `{short(name)}` has no valid dtype, shape and "
                 "data_offsets."
             )
         if dtype not in DTYPES:
             raise FileError(
-                f"{self.path}: `{_short(name)}` has dtype {_short(dtype)}; supported are {', '.join(DTYPES)}."
+                f"{self.path}: `{short(name)}` has dtype {short(dtype)}; supported are {', '.join(DTYPES)}."
             )
         tensor = Tensor(dtype, tuple(shape), self._start + begin)
         if end - begin != tensor.bytes:
             raise FileError(
-                f"{self.path}: `{_short(name)}` takes {_short(end - begin)} bytes by its offsets, but {dtype} of shape "
-                f"{_short(shape)} needs {_short(tensor.bytes)}. The header is wrong; record the file again."
+                f"{self.path}: `{short(name)}` takes {short(end - begin)} bytes by its offsets, but {dtype} of shape "
+                f"{short(shape)} needs {short(tensor.bytes)}. The header is wrong; record the file again."
             )
         if self._start + end > self.size:
             raise FileError(
-                f"{self.path}: truncated; `{_short(name)}` ends at byte {self._start + end}, the file at "
+                f"{self.path}: truncated; `{short(name)}` ends at byte {self._start + end}, the file at "
                 f"{self.size}. Copy or record the file again."
             )
         return tensor
@@ -240,7 +253,7 @@ class SafetensorsFile:
         for name, tensor in sorted(self.tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset != position and tensor.bytes:
                 raise FileError(
-                    f"{self.path}: `{_short(name)}` starts at byte {tensor.offset}, expected {position}; "
+                    f"{self.path}: `{short(name)}` starts at byte {tensor.offset}, expected {position}; "
                     "tensors overlap or leave a gap. Record the file again."
                 )
             position = max(position, tensor.offset + tensor.bytes)
@@ -280,13 +293,16 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
 
 
 def _open(path: Path) -> int:
-    if path.exists() and not path.is_file():  # before opening: a named pipe would block
-        raise FileError(f"{path}: not a regular file. Give the .safetensors file itself.")
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        mode = os.stat(path).st_mode
+        regular = stat.S_ISREG(mode)  # asked before opening: a named pipe would block
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) if regular else -1
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path}: cannot be opened ({reason}). Check the path.") from error
+    if not regular:
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise FileError(f"{path}: {what}. Give the .safetensors file itself.")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return descriptor
@@ -319,7 +335,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    text = "".join(c if c.isprintable() else "?" for c in text)
+def short(value: object) -> str:
+    """Show a value that came from a file in at most 80 printable characters."""
+    text = printable(str(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def printable(text: str) -> str:
+    """Put a question mark for every line break, control character and lone surrogate."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from jaxaudit.safetensors_file import printable
+
 #: The band within which the first analyses of such runs called a timestep accounted for.
 RATIO_BAND = (0.99, 1.01)
 
@@ -116,7 +118,7 @@ def _recording_line(dataset: xr.Dataset, found: dict[str, Any]) -> str:
     groups = ", ".join(f"{name} {count:,}" for name, count in found["element_count"].items())
     first, last = found["timesteps"]
     return (
-        f"Recording   {found['source']}: timesteps {first} to {last}, {found['storage_format']}\n"
+        f"Recording   {printable(found['source'])}: timesteps {first} to {last}, {found['storage_format']}\n"
         f"Elements    {groups} per timestep"
     )
 

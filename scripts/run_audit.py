@@ -12,15 +12,24 @@ Exit status: 0 the audit ran; 1 --expect was not met; 2 wrong usage, or an outpu
 """
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Explain wrong usage in one line, where argparse would print the whole usage first."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     described = __doc__ or ""
-    p = argparse.ArgumentParser(
+    p = _Parser(
+        prog="run_audit.py",
         description=described.split("\n\n")[0],
         epilog="\n\n".join(described.split("\n\n")[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    _replace_closed_streams()
     try:
         return _main(parser().parse_args(argv))
     except SystemExit as done:  # argparse: --help, or wrong usage, already explained
@@ -58,17 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; no result was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
 
 
 def _main(arguments: argparse.Namespace) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        print(f"jaxaudit {version('jaxaudit')}")
-        return 0
+        return _put(f"jaxaudit {version('jaxaudit')}")
     from jaxaudit.commands import AuditRequest, Failure, run_audit
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
@@ -81,9 +87,31 @@ def _main(arguments: argparse.Namespace) -> int:
         return failure.status
     finally:
         close()
-    print(text)
-    sys.stdout.flush()
-    return status
+    return _put(text) or status
+
+
+def _put(text: str) -> int:
+    """Write to stdout; return 2 where that fails. A reader that went away is no failure."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        return 0
+    except OSError as error:
+        with contextlib.suppress(OSError):  # else Python would fail again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"run_audit.py: error: stdout cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+
+
+def _replace_closed_streams() -> None:
+    """Stand in for streams that the caller closed, or files would get their numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def _progress_bar(*, quiet: bool) -> tuple[Callable[[int, int], None] | None, Callable[[], None]]:

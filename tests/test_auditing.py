@@ -1,0 +1,408 @@
+"""The audit from file to dataset: on real optimizer runs, and on runs with planted faults."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+import jaxaudit
+from jaxaudit import auditing, results, workbench
+from jaxaudit.devices import BackendError
+from jaxaudit.floats import BFLOAT16, FLOAT32, decode, encode
+from jaxaudit.recorders import RecordingWriter, RowLayout
+from jaxaudit.recording import TokenGroups
+from jaxaudit.safetensors_file import SafetensorsFile
+
+torch = pytest.importorskip("torch")
+from jaxaudit.recorders.pytorch import Recorder  # noqa: E402  (needs torch)
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STEPS = 9
+
+
+def record(path, shape=(12, 16), dtype="BF16", steps=STEPS, seed=0, adamw=True, **options):
+    """Record a run of torch's own optimizer over random gradients."""
+    moments = options.pop("moments", "native")
+    scale = options.pop("scale", 1e-3)
+    rates = options.pop("rates", None)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda size: torch.randn(shape, generator=generator) * size  # noqa: E731
+    parameter = torch.nn.Parameter(draw(0.02).to(TORCH[dtype]))
+    kind = torch.optim.AdamW if adamw else torch.optim.Adam
+    optimizer = kind([parameter], **({"lr": 1e-3, "weight_decay": 0.0, "foreach": False} | options))
+    with Recorder(path, parameter, optimizer, moments=moments) as recorder:
+        for k in range(steps):
+            if rates is not None:
+                optimizer.param_groups[0]["lr"] = rates[k]
+            parameter.grad = draw(scale).to(TORCH[dtype])
+            optimizer.step()
+            recorder(float(k))
+    return path
+
+
+def copy(source, target, change=None, drop=(), metadata=None):
+    """Write a recording again with some tensors changed or left out."""
+    with SafetensorsFile(source) as file:
+        tensors = {name: file.read(name) for name in file.tensors}
+        dtypes = {name: tensor.dtype for name, tensor in file.tensors.items()}
+        strings = dict(file.metadata) if metadata is None else metadata
+    if change:
+        change(tensors)
+    header, offset = {"__metadata__": strings}, 0
+    kept = {name: array for name, array in tensors.items() if name not in drop}
+    for name, array in kept.items():
+        end = offset + array.nbytes
+        header[name] = {
+            "dtype": dtypes[name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    with open(target, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in kept.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+    return target
+
+
+def audit(path, groups=None, **options):
+    with jaxaudit.open_recording(path) as recording:
+        return jaxaudit.audit(recording, groups, **({"backend": "cpu"} | options))
+
+
+def mismatches(dataset, arithmetic="torch-cpu-loop"):
+    counts = dataset.mismatch_count.sel(arithmetic=arithmetic, token_group="all").sum("timestep")
+    return {str(stage): int(counts.sel(stage=stage)) for stage in counts.stage.values}
+
+
+EXACT = {"exp_avg": 0, "exp_avg_sq": 0, "param": 0}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("run") / "run.safetensors", moments="float32")
+
+
+@pytest.fixture(scope="module")
+def audited(recorded):
+    return audit(recorded, arithmetics="all")
+
+
+RUNS = [
+    {"shape": (7, 5)},
+    {"shape": (41,)},
+    {"shape": (3, 2, 5, 3), "dtype": "F16", "eps": 1e-6},
+    {"shape": (12, 16), "moments": "float32", "weight_decay": 0.1, "lr": 0.02},
+    {"shape": (33, 31), "adamw": False, "weight_decay": 0.1},
+    {"shape": (300, 137), "adamw": False, "weight_decay": 0.1},
+    {"shape": (5, 300), "amsgrad": True, "maximize": True},
+    {"shape": (12, 16), "rates": [1e-3 * 0.77**k for k in range(STEPS)]},
+    {"shape": (12, 16), "scale": 1e-20},
+    {"shape": (12, 16), "betas": (0.2, 0.9), "dtype": "F16", "scale": 10.0},
+]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda o: ",".join(f"{k}" for k in o))
+def test_real_runs_replay_exactly(tmp_path, options):
+    dataset = audit(record(tmp_path / "run.safetensors", **options), arithmetics=["torch-cpu-loop"])
+    assert mismatches(dataset) == EXACT
+    assert (dataset.audited == 1).all()
+    assert dataset.attrs["identified_arithmetic"] == "torch-cpu-loop"
+
+
+def test_float32_runs_replay_exactly_up_to_the_processor_s_square_root(tmp_path):
+    dataset = audit(record(tmp_path / "run.safetensors", dtype="F32"), arithmetics="torch-cpu-loop")
+    probe = np.linspace(1, 4, 4096, dtype=np.float32)
+    ieee = np.array_equal(torch.sqrt(torch.from_numpy(probe)).numpy(), np.sqrt(probe))
+    found = mismatches(dataset)
+    assert found["exp_avg"] == found["exp_avg_sq"] == 0
+    assert (found["param"] == 0) == ieee
+
+
+def test_the_dataset_is_the_one_of_the_contract(audited):
+    assert set(results.VARIABLES) == set(audited.data_vars)
+    assert audited.timestep.values.tolist() == list(range(1, STEPS + 1))
+    for name, field in results.VARIABLES.items():
+        assert audited[name].dims == field.dims, name
+        assert audited[name].dtype == field.dtype, name
+        assert audited[name].attrs["units"] and audited[name].attrs["long_name"]
+    wanted = (
+        "identified_arithmetic hyperparameters source source_sha256_head state_precision backend device "
+        "jax_version jaxlib_version xla_flags jaxaudit_version created_at command schema_version Conventions"
+    )
+    assert set(wanted.split()) <= set(audited.attrs)
+    assert all(isinstance(value, str | int) for value in audited.attrs.values())
+    assert audited.attrs["state_precision"].count("bfloat16 (stored as float32") == 2
+    assert audited.loss.values.tolist() == [float(k) for k in range(STEPS)]
+
+
+def test_norms_and_counts_agree_with_numpy(recorded, audited):
+    """The other arithmetic's numbers, from NumPy alone and the replay's own published formula."""
+    with SafetensorsFile(recorded) as file:
+        w = decode(file.read("W"), BFLOAT16).reshape(STEPS + 1, -1)
+        m, v = (file.read(k).view(np.float32).reshape(STEPS + 1, -1) for k in ("momentum_W", "variance_W"))  # fmt: skip
+    one = audited.sel(arithmetic="float32-then-bfloat16", token_group="all")
+    observed = w[1:].astype(np.float64) - w[:-1]
+    np.testing.assert_allclose(one.norm_observed, np.linalg.norm(observed, axis=1), rtol=1e-14)
+    for k in range(STEPS):
+        f = np.float32
+        first = f(1e-3) * (m[k + 1] / f(1 - 0.9 ** (k + 1)))
+        update = first / (np.sqrt(v[k + 1] / f(1 - 0.999 ** (k + 1))) + f(1e-8))
+        patterns = encode(w[k] - update, BFLOAT16)
+        p = decode(patterns, BFLOAT16)
+        part = one.isel(timestep=k)
+        differ = patterns != encode(w[k + 1], BFLOAT16)
+        assert int(part.mismatch_count.sel(stage="param")) == differ.sum()
+        change = p.astype(np.float64) - w[k]
+        # Sums of 192 products in float64, in another order: 192 roundings of half an ulp at most.
+        close = {"rtol": 192 * 2.0**-53, "atol": 0}
+        np.testing.assert_allclose(part.norm_predicted, np.linalg.norm(change), **close)
+        np.testing.assert_allclose(
+            part.norm_difference, np.linalg.norm(p.astype(np.float64) - w[k + 1]), **close
+        )
+        cosine = change @ observed[k] / np.linalg.norm(change) / np.linalg.norm(observed[k])
+        np.testing.assert_allclose(part.cosine_similarity, cosine, rtol=1e-13)
+
+
+def test_an_exact_replay_has_a_cosine_of_one(audited):
+    exact = audited.sel(arithmetic="torch-cpu-loop")
+    # a / (sqrt(a) * sqrt(a)): two roots, a product and a quotient, half an ulp each.
+    assert (abs(exact.cosine_similarity - 1) <= 4 * 2.0**-53).all()
+    assert (exact.ratio == 1).all() and (exact.norm_difference == 0).all()
+
+
+def test_unrounded_weights_are_compared_as_float32(audited):
+    at = {"token_group": "all", "stage": "param"}
+    unrounded = audited.sel(arithmetic="float32", **at)
+    assert (unrounded.mismatch_count > 150).all()  # hardly ever a bfloat16 number
+    # Their distance is taken after rounding, which is all that the other arithmetic adds.
+    rounded = audited.sel(arithmetic="float32-then-bfloat16", **at)
+    assert np.array_equal(unrounded.max_ulp_distance, rounded.max_ulp_distance)
+
+
+FLIPS = [
+    ("W", 4, 5, 3, "param", 0x0001),
+    ("W", 9, 11, 15, "param", 0x8000),
+    ("momentum_W", 3, 0, 0, "exp_avg", 0x00010000),
+    ("momentum_W", 1, 7, 9, "exp_avg", 0x00000001),
+    ("variance_W", 6, 2, 14, "exp_avg_sq", 0x00400000),
+]
+
+
+@pytest.mark.parametrize("key,t,token,position,stage,bit", FLIPS)
+def test_one_flipped_bit_is_found_and_named(
+    recorded, tmp_path, key, t, token, position, stage, bit
+):
+    seen = {}
+
+    def flip(tensors):
+        seen["before"] = int(tensors[key][t, token, position])
+        tensors[key][t, token, position] ^= tensors[key].dtype.type(bit)
+
+    path = copy(recorded, tmp_path / "flipped.safetensors", flip)
+    dataset = audit(path, arithmetics=["torch-cpu-loop"])
+    first = dataset.first_mismatch.sel(arithmetic="torch-cpu-loop", stage=stage)
+    assert dict(zip(results.MISMATCH_FIELDS[:4], first.values[:4].tolist(), strict=True)) == {
+        "timestep": t,
+        "token": token,
+        "position": position,
+        "recorded_bits": seen["before"] ^ bit,
+    }
+    # float32 copies of bfloat16 moments are replayed as bfloat16: the upper half of the pattern.
+    assert int(first.sel(mismatch_field="replayed_bits")) == seen["before"] >> (0 if key == "W" else 16)
+    at = dataset.mismatch_count.sel(stage=stage, timestep=t, token_group="all")
+    assert int(at.sum()) == 1
+    ulp = int(dataset.max_ulp_distance.sel(stage=stage, timestep=t, token_group="all").sum())
+    assert ulp == bit if bit != 0x8000 else ulp > 1
+    assert dataset.attrs["identified_arithmetic"] == ""
+
+
+def test_windows_do_not_change_a_bit(tmp_path):
+    path = record(tmp_path / "run.safetensors", shape=(50, 24), steps=70, moments="float32")
+    groups = TokenGroups(50, {"all": np.arange(50), "odd": np.arange(1, 50, 2)})
+    whole = audit(path, groups, arithmetics="all", window_steps=64)
+    for length in (1, 7):
+        other = audit(path, groups, arithmetics="all", window_steps=length)
+        assert_same_bits(whole, other)
+
+
+def test_row_tiles_change_no_count(tmp_path, monkeypatch):
+    """Steps too large for one window are cut by rows; groups' sums then add up tile by tile."""
+    path = record(tmp_path / "run.safetensors", shape=(50, 24), steps=5, adamw=False, weight_decay=0.1)
+    groups = TokenGroups(50, {"all": np.arange(50), "few": np.array([0, 1, 49])})
+    whole = audit(path, groups, arithmetics="all")
+    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 24 * 13 // 4)
+    tiled = audit(path, groups, arithmetics="all")
+    for name in ("mismatch_count", "max_ulp_distance", "first_mismatch", "nonfinite_count"):
+        assert np.array_equal(whole[name], tiled[name]), name
+    np.testing.assert_allclose(whole.norm_predicted, tiled.norm_predicted, rtol=1e-14)
+
+
+def assert_same_bits(a, b):
+    for name in a.data_vars:
+        assert a[name].values.tobytes() == b[name].values.tobytes(), name
+
+
+CHILD = """
+import sys, os
+os.sched_setaffinity(0, set(map(int, sys.argv[3].split(","))))
+import jaxaudit
+with jaxaudit.open_recording(sys.argv[1]) as recording:
+    jaxaudit.save(jaxaudit.audit(recording, arithmetics="all", backend="cpu"), sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_cores_do_not_change_a_bit(tmp_path):
+    path = record(tmp_path / "run.safetensors", shape=(500, 64), steps=12, moments="float32")
+    cores = sorted(map(str, os.sched_getaffinity(0)))
+    found = []
+    for count in (1, 2):
+        target = tmp_path / f"{count}.nc"
+        command = [sys.executable, "-c", CHILD, str(path), str(target), ",".join(cores[:count])]
+        subprocess.run(command, check=True, capture_output=True, timeout=200)
+        found.append(xr.load_dataset(target))
+    assert_same_bits(*found)
+
+
+def test_a_range_of_steps_is_that_part_of_the_whole(recorded, audited):
+    part = audit(recorded, arithmetics="all", steps=(4, 7))
+    assert part.timestep.values.tolist() == [4, 5, 6]
+    assert_same_bits(
+        part.drop_vars("first_mismatch"),
+        audited.drop_vars("first_mismatch").sel(timestep=[4, 5, 6]),
+    )
+    with pytest.raises(ValueError, match="outside the recording, which holds 1:10"):
+        audit(recorded, steps=(4, 11))
+
+
+def test_without_gradients_the_moments_are_not_audited(recorded, tmp_path):
+    dataset = audit(copy(recorded, tmp_path / "x.safetensors", drop=["grad_W"]))
+    assert dataset.audited.sel(arithmetic="torch-cpu-loop").values.tolist() == [0, 0, 1]
+    assert (dataset.mismatch_count.sel(stage=["exp_avg", "exp_avg_sq"]) == -1).all()
+    assert mismatches(dataset)["param"] == 0
+    assert "exp_avg, exp_avg_sq not audited" in jaxaudit.describe(dataset)
+
+
+@pytest.mark.parametrize("drop", [["momentum_W", "variance_W"], ["variance_W"]])
+@pytest.mark.parametrize("steps", [None, (4, 8)])
+def test_without_moments_they_are_run_freely(recorded, tmp_path, drop, steps):
+    path = copy(recorded, tmp_path / "x.safetensors", drop=drop)
+    dataset = audit(path, steps=steps, window_steps=2)
+    assert dataset.audited.sel(arithmetic="torch-cpu-loop", stage="param") == 1
+    assert dataset.audited.sel(arithmetic="torch-cpu-loop", stage="exp_avg_sq") == 0
+    assert mismatches(dataset)["param"] == 0
+    assert mismatches(dataset, "float32-then-bfloat16")["param"] > 0
+    assert dataset.attrs["identified_arithmetic"] == "torch-cpu-loop"
+
+
+def test_weights_alone_are_observed_and_nothing_passes(recorded, tmp_path):
+    path = copy(recorded, tmp_path / "x.safetensors", drop=["grad_W", "momentum_W", "variance_W"])
+    dataset = audit(path)
+    assert (dataset.audited == 0).all() and (dataset.mismatch_count == -1).all()
+    assert (dataset.norm_observed > 0).all() and np.isnan(dataset.norm_predicted).all()
+    assert dataset.attrs["identified_arithmetic"] == ""
+    assert "not audited" in jaxaudit.describe(dataset)
+
+
+def test_frozen_timesteps_agree(tmp_path):
+    """A learning rate of zero freezes everything: NaN in the table, agreement in the summary."""
+    path = record(tmp_path / "run.safetensors", rates=[0.0] * STEPS)
+    dataset = audit(path)
+    assert (dataset.norm_observed == 0).all() and np.isnan(dataset.ratio).all()
+    found = jaxaudit.summarize(dataset)["arithmetics"]["float32-then-bfloat16"]
+    assert found["timesteps_with_ratio_within_1_percent"]["all"] == STEPS
+    assert found["timesteps_with_cosine_above_0.99"]["all"] == STEPS
+
+
+def test_subnormal_weights_and_states_are_audited(tmp_path):
+    def shrink(tensors):
+        tensors["W"][:] = np.random.default_rng(0).integers(0, 3, tensors["W"].shape)
+
+    source = record(tmp_path / "run.safetensors", scale=1e-25)
+    with jax.enable_x64(True):
+        dataset = audit(copy(source, tmp_path / "tiny.safetensors", shrink), arithmetics="all")
+    assert mismatches(dataset)["exp_avg"] == mismatches(dataset)["exp_avg_sq"] == 0
+    assert (dataset.norm_observed > 0).all() and (dataset.norm_observed < 1e-35).all()
+
+
+def test_low_precision_state_is_told_from_float32_state(tmp_path):
+    """True float32 moments under bfloat16 weights: the bits say so."""
+    source = record(tmp_path / "run.safetensors", moments="float32")
+
+    def widen(tensors):
+        tensors["variance_W"][1:, 0, :3] |= np.uint32(1)
+
+    dataset = audit(copy(source, tmp_path / "x.safetensors", widen))
+    count = dataset.unrepresentable_count.sel(tensor="variance_W", token_group="all")
+    assert (count == 3).all()
+    assert "exp_avg_sq: float32 (stored as float32; 1701 of 1728" in dataset.attrs["state_precision"]
+    assert "exp_avg: bfloat16 (stored as float32; 1728 of 1728" in dataset.attrs["state_precision"]
+
+
+def test_groups_of_the_recording_itself(tmp_path):
+    layouts = {"W": RowLayout("BF16", (4, 2))}
+    path = tmp_path / "x.safetensors"
+    with RecordingWriter(path, layouts) as writer:
+        for k in range(3):
+            writer.append({"W": np.full((4, 2), 0x3C00 + k, np.uint16)})
+        writer.small["dead_mask"] = np.array([1, 0, 0, 1], np.uint8)
+    dataset = audit(path)
+    assert dataset.token_group.values.tolist() == ["all", "dead", "live"]
+    assert dataset.element_count.values.tolist() == [8, 4, 4]
+
+
+def test_errors_name_what_is_wrong(recorded):
+    with pytest.raises(ValueError, match="unknown arithmetic 'adam'; there are torch-cpu-loop"):
+        audit(recorded, arithmetics=["adam"])
+    with pytest.raises(BackendError, match="'tpu' is not available .present: cpu"):
+        audit(recorded, backend="tpu")
+    with pytest.raises(jaxaudit.FileError, match="over 3 tokens, but the recording has 12"):
+        audit(recorded, TokenGroups(3, {"all": np.arange(3)}))
+
+
+def test_progress_ends_at_the_whole(recorded):
+    seen = []
+    audit(recorded, progress=lambda done, total: seen.append((done, total)), window_steps=4)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] and len(seen) == 3
+
+
+def test_the_audit_runs_without_torch(recorded, tmp_path):
+    """No import of torch on the way from file to NetCDF."""
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import jaxaudit\n"
+        "with jaxaudit.open_recording(sys.argv[1]) as r:\n"
+        "    jaxaudit.save(jaxaudit.audit(r, backend='cpu'), sys.argv[2])\n"
+    )
+    target = tmp_path / "x.nc"
+    command = [sys.executable, "-c", script, str(recorded), str(target)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert results.load(target).attrs["identified_arithmetic"] == "torch-cpu-loop"
+
+
+def test_identify_ranks_and_finds_the_open_options(tmp_path):
+    options = {"adamw": False, "weight_decay": 0.1, "shape": (300, 137)}
+    path = record(tmp_path / "run.safetensors", **options)
+    bare = copy(path, tmp_path / "bare.safetensors", metadata={})
+    with jaxaudit.open_recording(bare) as recording:
+        ranked = jaxaudit.identify(recording, backend="cpu")
+    assert ranked.arithmetic.values[0] == "torch-cpu-loop" and int(ranked.fits[0]) == 1
+    assert (ranked.fits[1:] == 0).all()
+    found = json.loads(str(ranked.options[0].values))
+    assert found["decoupled"] is False
+    # 41,100 elements are split between two threads at most.
+    assert min(found["threads"], 2) == min(torch.get_num_threads(), 2)
+    assert mismatches(audit(bare)) == EXACT
+
+
+def test_version_is_known():
+    assert auditing.version() != "unknown"
+    assert FLOAT32.width == 32
