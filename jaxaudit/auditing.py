@@ -190,7 +190,7 @@ def _state_precision(recording: Recording, dataset: xr.Dataset) -> str:
             continue
         key = TENSOR_KEYS[name]
         beyond = int(dataset.unrepresentable_count.sel(tensor=key, token_group="all").sum())
-        share = f"{elements - beyond} of {elements} values fit {recording.storage.name}"
+        share = f"{elements - beyond:,} of {elements:,} values fit {recording.storage.name}"
         verdict = recording.storage.name if beyond == 0 else "float32"
         sentences.append(f"{name}: {verdict} (stored as float32; {share})")
     return "; ".join(sentences)

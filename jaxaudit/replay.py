@@ -252,6 +252,8 @@ class FreeRun:
         read = {i.tensor for program in self._programs for i in program.inputs}
         arrays = {name: window[name] for name in sorted(read & {"grad", "param"})}
         first, second = self._compiled(doubles, arrays, rule, self._state)
+        # The window may lie in memory that the reader fills anew as soon as this returns.
+        jax.block_until_ready((first, second))
         self._state = (first[steps], second[steps])
         return {**window, "exp_avg": first, "exp_avg_sq": second}
 

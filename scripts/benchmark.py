@@ -348,16 +348,34 @@ def measured(job: str, given: Input) -> Measured:
     """Do a job in a process of its own and return its parts, with start-up as what is left."""
     command = [sys.executable, __file__, "--job", job, str(given.recording)]
     command += ["--token-groups", str(given.token_groups)] if given.token_groups else []
-    start = time.perf_counter()
+    start, before = time.perf_counter(), foreign_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wall = time.perf_counter() - start
+    wall, foreign = time.perf_counter() - start, foreign_seconds() - before
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Failure(f"{job} ended with status {done.returncode}: {last}", max(done.returncode, 3))
     found: Measured = {"preparation": 0.0, "extra": 0.0} | json.loads(done.stdout)
+    found["foreign"] = max(foreign, 0) / (wall * cores())
     found["total"] = wall - found["extra"]
     found["start-up"] = found["total"] - found["preparation"] - found["work"]
     return found
+
+
+def foreign_seconds() -> float:
+    """Return the CPU seconds that all but this process and its children have taken, from any start."""
+    table = Path("/proc/stat")
+    if not table.exists():
+        return 0.0
+    user, nice, system, _, _, *rest = map(int, table.read_text().split()[1:9])
+    ours = os.times()
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(ours[:4])
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def peak_resident_bytes() -> int:
@@ -426,10 +444,9 @@ def facts_of(recording: Recording) -> dict[str, Any]:
 
 def machine_facts() -> dict[str, Any]:
     """Describe what computes here."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # fmt: skip
     return {
         "cpu": cpu_name(),
-        "cores": len(cores),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -470,6 +487,7 @@ def figures(recording: Recording, runs: Mapping[str, list[Measured]]) -> dict[st
         found[job] = parts | {
             "elements_per_second": recording.steps * recording.step_elements / work,
             "bytes_per_second": recording.path.stat().st_size / work,
+            "largest_load_by_others": max(run["foreign"] for run in seconds),
             "peak_resident_bytes": statistics.median(run["peak"] for run in seconds),
         }
     for other in REFERENCES:
@@ -494,13 +512,15 @@ def table(found: Mapping[str, Any]) -> str:
     """Lay the figures out in columns."""
     recording, machine = found["recording"], found["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
+    foreign = max(figure["largest_load_by_others"] for figure in found["jobs"].values())
     lines = [
         f"{recording['name']}: {recording['steps']} steps, {recording['rows']} x "
         f"{recording['row_elements']}, {recording['bytes'] / 1e9:.3f} GB",
         f"{machine['cpu']}; {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB",
         f"Python {machine['python']}, {versions}; {machine['date']}",
-        f"Medians of {found['rounds']} rounds; share of the file in the page cache before each job: "
-        f"{found['least_share_in_page_cache']} or more",
+        f"Medians of {found['rounds']} rounds; before each job, {found['least_share_in_page_cache']} or more "
+        "of the file was in the page cache;",
+        f"during one, other programs took up to {foreign:.0%} of the cores",
         "",
         line("", list(COLUMNS)),
     ]

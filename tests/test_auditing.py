@@ -342,8 +342,8 @@ def test_low_precision_state_is_told_from_float32_state(tmp_path):
     dataset = audit(copy(source, tmp_path / "x.safetensors", widen))
     count = dataset.unrepresentable_count.sel(tensor="variance_W", token_group="all")
     assert (count == 3).all()
-    assert "exp_avg_sq: float32 (stored as float32; 1701 of 1728" in dataset.attrs["state_precision"]
-    assert "exp_avg: bfloat16 (stored as float32; 1728 of 1728" in dataset.attrs["state_precision"]
+    assert "exp_avg_sq: float32 (stored as float32; 1,701 of 1,728" in dataset.attrs["state_precision"]
+    assert "exp_avg: bfloat16 (stored as float32; 1,728 of 1,728" in dataset.attrs["state_precision"]
 
 
 def test_groups_of_the_recording_itself(tmp_path):
