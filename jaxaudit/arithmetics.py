@@ -244,7 +244,8 @@ def scalars_of(step: Step, given: Hyperparameters, timesteps: Sequence[int]) -> 
         }
         for t, rate in zip(timesteps, given.learning_rate.tolist(), strict=True)
     ]
-    return {name: np.array([row[name] for row in rows]).astype(np.float32) for name in rows[0]}
+    with np.errstate(over="ignore", under="ignore"):
+        return {name: np.array([row[name] for row in rows]).astype(np.float32) for name in rows[0]}
 
 
 #: Magnitudes of scalars for which `Step.strays` is sound, as powers of two, and whether zero is one of them.

@@ -90,6 +90,7 @@ def run_audit(
             steps = _steps(request, recording)
             output = Path(request.output or Path("results") / f"{recording.path.stem}.nc")
             outputs = list(_outputs(request, output, groups, wanted))
+            _check_text(output)
             _check_distinct(outputs, [recording.path, *filter(None, [request.token_groups])])
             for path in outputs:
                 _check_free(path, overwrite=request.overwrite)
@@ -221,6 +222,17 @@ def _check_distinct(outputs: Sequence[Path], inputs: Sequence[Path | str]) -> No
                 f"{path} is what this command reads; it is not replaced. Choose another name.",
                 WRONG_USAGE,
             )
+
+
+def _check_text(output: Path) -> None:
+    """Refuse a name that holds bytes which are no text: netCDF can neither write nor open such a file."""
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise Failure(
+            f"{output.absolute()} is not Unicode, which netCDF needs. Choose another --output.",
+            WRONG_USAGE,
+        ) from error
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:

@@ -115,7 +115,8 @@ class Comparison:
 
 def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Add up (steps, rows) over each group's rows; (steps, groups), independent of the window."""
-    return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
+    with np.errstate(invalid="ignore", over="ignore"):  # recorded infinities and NaNs carry through
+        return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
 
 
 def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:

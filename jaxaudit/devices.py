@@ -24,12 +24,12 @@ def find_device(backend: Backend = "auto") -> Device:
     """
     try:
         return jax.devices(None if backend == "auto" else backend)[0]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # JAX raises either, by how it was set up
         try:
             present = ", ".join(sorted({device.platform for device in jax.devices()}))
-        except RuntimeError:
-            present = "none"
+            remedy = "Install jax for that device, or use --backend auto."
+        except (RuntimeError, AssertionError):
+            present, remedy = "none", "Check JAX_PLATFORMS in the environment."
         raise BackendError(
-            f"backend {backend!r} is not available (present: {present}). Install jax for that device, or "
-            "use --backend auto."
+            f"backend {backend!r} is not available (present: {present}). {remedy}"
         ) from error

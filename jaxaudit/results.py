@@ -170,7 +170,11 @@ def write(dataset: xr.Dataset, path: Path) -> None:
     encoding = {str(name): {"_FillValue": None} for name in dataset.variables}
     attributes = {name: _encodable(value) for name, value in dataset.attrs.items()}
     try:
-        dataset.assign_attrs(attributes).to_netcdf(path, engine="netcdf4", encoding=encoding)
+        dataset.assign_attrs(attributes).to_netcdf(
+            path.absolute(),  # xarray would take some relative names for addresses
+            engine="netcdf4",
+            encoding=encoding,
+        )
     except (RuntimeError, OSError) as error:  # netCDF does not tell why a write failed
         full = shutil.disk_usage(path.parent).free < dataset.nbytes + _LABEL_BYTES
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error

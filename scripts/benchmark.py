@@ -99,6 +99,7 @@ class Input:
 
     recording: Path
     token_groups: Path | None
+    torch_threads: int | None = None
 
     def groups(self, recording: Recording) -> TokenGroups:
         """Read the token groups from their own file, else from the recording."""
@@ -170,6 +171,8 @@ def notebook(given: Input, group: str) -> Measured:
 
     with open_recording(given.recording) as recording:
         members = given.groups(recording).members
+    if given.torch_threads:
+        torch.set_num_threads(given.torch_threads)
     rows: Any = slice(None)
     if group in members:
         rows = torch.zeros(recording.tokens, dtype=torch.bool)
@@ -238,6 +241,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
     add_files(p, Path("results/benchmark.json"))
     p.add_argument("--rounds", type=positive, default=5, metavar="N", help="(%(default)s)")
+    p.add_argument(
+        "--torch-threads",
+        type=positive,
+        metavar="N",
+        help="of the notebook's jobs (torch's own choice, which a shared machine can slow down 20-fold)",
+    )
     p.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)  # what a process is for
     return p
 
@@ -304,10 +313,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def input_of(arguments: argparse.Namespace) -> Input:
     """Return the files that the arguments name, else the sample."""
+    threads = getattr(arguments, "torch_threads", None)
     if arguments.recording:
-        return Input(arguments.recording, arguments.token_groups)
+        return Input(arguments.recording, arguments.token_groups, threads)
     recording, groups = sample_paths()
-    return Input(recording, arguments.token_groups or groups)
+    return Input(recording, arguments.token_groups or groups, threads)
 
 
 def check_output(arguments: argparse.Namespace) -> None:
@@ -338,6 +348,7 @@ def measure(recording: Recording, given: Input, rounds: int) -> dict[str, Any]:
         "recording": facts_of(recording),
         "machine": machine_facts(),
         "rounds": rounds,
+        "torch_threads": given.torch_threads or "torch's own choice",
         "least_share_in_page_cache": None if None in cached else min(cached),
         "jobs": figures(recording, runs),
         "skipped": skipped,
@@ -348,6 +359,7 @@ def measured(job: str, given: Input) -> Measured:
     """Do a job in a process of its own and return its parts, with start-up as what is left."""
     command = [sys.executable, __file__, "--job", job, str(given.recording)]
     command += ["--token-groups", str(given.token_groups)] if given.token_groups else []
+    command += ["--torch-threads", str(given.torch_threads)] if given.torch_threads else []
     start, before = time.perf_counter(), foreign_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wall, foreign = time.perf_counter() - start, foreign_seconds() - before
@@ -519,7 +531,7 @@ def table(found: Mapping[str, Any]) -> str:
         f"{machine['cpu']}; {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB",
         f"Python {machine['python']}, {versions}; {machine['date']}",
         f"Medians of {found['rounds']} rounds; before each job, {found['least_share_in_page_cache']} or more "
-        "of the file was in the page cache;",
+        f"of the file was in the page cache; torch threads: {found['torch_threads']};",
         f"during one, other programs took up to {foreign:.0%} of the cores",
         "",
         line("", list(COLUMNS)),

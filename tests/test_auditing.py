@@ -215,7 +215,9 @@ def test_one_flipped_bit_is_found_and_named(
         "recorded_bits": seen["before"] ^ bit,
     }
     # float32 copies of bfloat16 moments are replayed as bfloat16: the upper half of the pattern.
-    assert int(first.sel(mismatch_field="replayed_bits")) == seen["before"] >> (0 if key == "W" else 16)
+    assert int(first.sel(mismatch_field="replayed_bits")) == seen["before"] >> (
+        0 if key == "W" else 16
+    )
     at = dataset.mismatch_count.sel(stage=stage, timestep=t, token_group="all")
     assert int(at.sum()) == 1
     ulp = int(dataset.max_ulp_distance.sel(stage=stage, timestep=t, token_group="all").sum())
@@ -234,7 +236,9 @@ def test_windows_do_not_change_a_bit(tmp_path):
 
 def test_row_tiles_change_no_count(tmp_path, monkeypatch):
     """Steps too large for one window are cut by rows; groups' sums then add up tile by tile."""
-    path = record(tmp_path / "run.safetensors", shape=(50, 24), steps=5, adamw=False, weight_decay=0.1)
+    path = record(
+        tmp_path / "run.safetensors", shape=(50, 24), steps=5, adamw=False, weight_decay=0.1
+    )
     groups = TokenGroups(50, {"all": np.arange(50), "few": np.array([0, 1, 49])})
     whole = audit(path, groups, arithmetics="all")
     monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 24 * 13 // 4)
@@ -342,8 +346,12 @@ def test_low_precision_state_is_told_from_float32_state(tmp_path):
     dataset = audit(copy(source, tmp_path / "x.safetensors", widen))
     count = dataset.unrepresentable_count.sel(tensor="variance_W", token_group="all")
     assert (count == 3).all()
-    assert "exp_avg_sq: float32 (stored as float32; 1,701 of 1,728" in dataset.attrs["state_precision"]
-    assert "exp_avg: bfloat16 (stored as float32; 1,728 of 1,728" in dataset.attrs["state_precision"]
+    assert (
+        "exp_avg_sq: float32 (stored as float32; 1,701 of 1,728" in dataset.attrs["state_precision"]
+    )
+    assert (
+        "exp_avg: bfloat16 (stored as float32; 1,728 of 1,728" in dataset.attrs["state_precision"]
+    )
 
 
 def test_groups_of_the_recording_itself(tmp_path):

@@ -40,7 +40,9 @@ def by_row(values, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("formats", [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+@pytest.mark.parametrize(
+    "formats", [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)]
+)
 def test_mismatches_agree_with_numpy(width, formats):
     rng = np.random.default_rng(width)
     recorded = draw(rng, formats[1], width, STEPS + 1)
@@ -81,7 +83,12 @@ def test_norms_agree_with_exact_sums(width, formulation):
     sums = comparison.inner_products(replayed, BFLOAT16, recorded, BFLOAT16, formulation)
     w, p = decode(recorded, BFLOAT16), decode(replayed, BFLOAT16)
     predicted, change, difference = p - w[:-1], w[1:] - w[:-1], p - w[1:]
-    pairs = [(change, change), (predicted, predicted), (difference, difference), (predicted, change)]
+    pairs = [
+        (change, change),
+        (predicted, predicted),
+        (difference, difference),
+        (predicted, change),
+    ]
     for found, (x, y) in zip((observed, *sums), pairs, strict=True):
         products = by_row(x.astype(np.float64) * y.astype(np.float64), width)
         exact = np.array([[math.fsum(row) for row in step] for step in products])
@@ -127,7 +134,9 @@ def test_inspect_and_tally():
 
 
 def test_overlapping_and_partial_groups():
-    groups = TokenGroups(6, {"all": np.arange(6), "some": np.array([1, 2, 5]), "two": np.array([2])})
+    groups = TokenGroups(
+        6, {"all": np.arange(6), "some": np.array([1, 2, 5]), "two": np.array([2])}
+    )
     rows = np.arange(12).reshape(2, 6)
     members = members_within(groups, (0, 6))
     assert sum_groups(rows, members).tolist() == [[15, 8, 2], [51, 26, 8]]

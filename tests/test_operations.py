@@ -119,7 +119,9 @@ def test_numpy_fma_is_the_exact_one():
     found = NumpyOperations().fma(a, b, c)
     for x, y, z, got in zip(a, b, c, found, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
-        candidates = [np.nextafter(got, s * np.float32(np.inf)) for s in (np.float32(-1), np.float32(1))]
+        candidates = [
+            np.nextafter(got, s * np.float32(np.inf)) for s in (np.float32(-1), np.float32(1))
+        ]
         distance = abs(exact - Fraction(float(got)))
         for other in candidates:
             further = abs(exact - Fraction(float(other)))

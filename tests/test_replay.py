@@ -115,9 +115,7 @@ def test_programs_are_exact_on_whatever_a_recording_may_hold(case):
         assert not (differ(fast, expected, program.result) & kept).any()
         wide = decode(expected, program.result).view(np.uint32)
         recorded = decode(window[stage][1:], formats[stage]).view(np.uint32)
-        assert np.array_equal(
-            (flags & DIFFERS != 0)[kept], differ(wide, recorded, FLOAT32)[kept]
-        )
+        assert np.array_equal((flags & DIFFERS != 0)[kept], differ(wide, recorded, FLOAT32)[kept])
         found, formulation = replayer.flags(program, scalars, window, rule)
         assert formulation == "float64"  # one stray is enough
         assert np.array_equal(found != 0, differ(wide, recorded, FLOAT32))

@@ -317,15 +317,18 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text(refused, folder):
     assert "too long" in refused(3, "x" * 300)
 
 
-def test_odd_names_are_audited(command, run, folder):
+def test_odd_names_are_audited(command, refused, run, folder):
     odd = os.fsdecode(b"a\nb\xff.x.safetensors")
     run.rename(odd)
-    outcome = command(odd, "--json")
+    assert "a?b?.x.nc is not Unicode" in refused(2, odd)
+    outcome = command(odd, "--json", "--output", "1.nc")
     assert outcome.status == 0 and json.loads(outcome.out)["source"] == odd
-    outcome = command(odd, "--overwrite")
+    outcome = command(odd, "--output", "~/a::b/2\n.nc")
     assert outcome.status == 0 and "Recording   a?b?.x.safetensors: timesteps" in outcome.out
-    with xr.open_dataset(next((folder / "results").iterdir())) as dataset:
-        assert dataset.source == "a\nb\\udcff.x.safetensors"
+    assert outcome.out.endswith("Written to ~/a::b/2?.nc\n")
+    for name in ("1.nc", "~/a::b/2\n.nc"):
+        with xr.open_dataset(folder / name) as dataset:
+            assert dataset.source == "a\nb\\udcff.x.safetensors"
 
 
 # --- wrong usage: exit status 2 ---
