@@ -28,6 +28,7 @@ def identify(
 ) -> xr.Dataset:
     """Rank the arithmetics by how few bits they get wrong in an early, a middle and a late window.
 
+    Arithmetics whose weights the recording's format cannot hold are left out.
     Options that the recording's metadata leave open (kind of weight decay, threads) are tried, and those
     that fit best are kept.
 
@@ -41,17 +42,17 @@ def identify(
         be audited; `compared_count`, elements per stage; `options` (JSON); `fits`, 1 where nothing differs.
 
     Raises:
-        FileError: the recording lacks gradients or moments.
+        FileError: the recording lacks the moments.
     """
     steps = check_steps(recording, steps)
-    if not {"grad", "exp_avg", "exp_avg_sq"} <= set(recording.formats):
-        raise FileError(
-            f"{recording.path}: identification needs grad_W, momentum_W and variance_W; without the moments, "
-            "audit the recording under every arithmetic instead."
-        )
     device = find_device(backend)
     with jax.enable_x64(True), jax.default_device(device):
         bench = Workbench(recording, device, steps, None)
+        if bench.free_running or not bench.stages():
+            raise FileError(
+                f"{recording.path}: identification needs the moments, momentum_W and variance_W; without "
+                "them, audit the recording under every arithmetic instead."
+            )
         ranked = _rank(bench)
     counts = np.array([[count[stage] for stage in STAGES] for _, count, _ in ranked])
     names = [candidate.arithmetic.name for candidate, _, _ in ranked]
@@ -91,7 +92,7 @@ def _identified(bench: Workbench) -> list[Candidate]:
         return [Candidate(CATALOGUE[USUAL_ASSUMPTION], Options())]
     if bench.free_running:  # no window can be tried without those before it
         first = _possible_options(bench.recording)[0]
-        return [Candidate(arithmetic, first) for arithmetic in CATALOGUE.values()]
+        return [Candidate(arithmetic, first) for arithmetic in _conceivable(bench.recording)]
     ranked = _rank(bench)
     fitting = [c for c, counts, _ in ranked if all(n <= 0 for n in counts.values())]
     usual = [c for c, _, _ in ranked if c.arithmetic.name == USUAL_ASSUMPTION]
@@ -116,11 +117,20 @@ def check_names(wanted: str | Sequence[str]) -> None:
 def _rank(bench: Workbench) -> list[tuple[Candidate, dict[Stage, int], int]]:
     """Rank every arithmetic under its best options: (candidate, mismatches by stage, compared)."""
     ranked = []
-    for arithmetic in CATALOGUE.values():
+    for arithmetic in _conceivable(bench.recording):
         _, counts, compared = best = _best_options(bench, arithmetic)
         ranked.append((sum(max(n, 0) for n in counts.values()) / max(compared, 1), best))
     ranked.sort(key=lambda item: item[0])
     return [best for _, best in ranked]
+
+
+def _conceivable(recording: Recording) -> list[Arithmetic]:
+    """List the arithmetics whose weights the recording's format can hold."""
+    return [
+        arithmetic
+        for arithmetic in CATALOGUE.values()
+        if arithmetic.param_format == "storage" or recording.storage is FLOAT32
+    ]
 
 
 def _with_options(bench: Workbench, arithmetic: Arithmetic) -> Candidate:

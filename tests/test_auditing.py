@@ -81,6 +81,7 @@ def mismatches(dataset, arithmetic="torch-cpu-loop"):
     return {str(stage): int(counts.sel(stage=stage)) for stage in counts.stage.values}
 
 
+USUAL = "float32-then-bfloat16"
 EXACT = {"exp_avg": 0, "exp_avg_sq": 0, "param": 0}
 
 
@@ -228,9 +229,10 @@ def test_one_flipped_bit_is_found_and_named(
 def test_windows_do_not_change_a_bit(tmp_path):
     path = record(tmp_path / "run.safetensors", shape=(50, 24), steps=70, moments="float32")
     groups = TokenGroups(50, {"all": np.arange(50), "odd": np.arange(1, 50, 2)})
-    whole = audit(path, groups, arithmetics="all", window_steps=64)
+    names = ["torch-cpu-loop", "float32-then-bfloat16"]
+    whole = audit(path, groups, arithmetics=names, window_steps=64)
     for length in (1, 7):
-        other = audit(path, groups, arithmetics="all", window_steps=length)
+        other = audit(path, groups, arithmetics=names, window_steps=length)
         assert_same_bits(whole, other)
 
 
@@ -240,9 +242,9 @@ def test_row_tiles_change_no_count(tmp_path, monkeypatch):
         tmp_path / "run.safetensors", shape=(50, 24), steps=5, adamw=False, weight_decay=0.1
     )
     groups = TokenGroups(50, {"all": np.arange(50), "few": np.array([0, 1, 49])})
-    whole = audit(path, groups, arithmetics="all")
+    whole = audit(path, groups, arithmetics=USUAL)
     monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 24 * 13 // 4)
-    tiled = audit(path, groups, arithmetics="all")
+    tiled = audit(path, groups, arithmetics=USUAL)
     for name in ("mismatch_count", "max_ulp_distance", "first_mismatch", "nonfinite_count"):
         assert np.array_equal(whole[name], tiled[name]), name
     np.testing.assert_allclose(whole.norm_predicted, tiled.norm_predicted, rtol=1e-14)
@@ -258,7 +260,7 @@ import sys, os
 os.sched_setaffinity(0, set(map(int, sys.argv[3].split(","))))
 import jaxaudit
 with jaxaudit.open_recording(sys.argv[1]) as recording:
-    jaxaudit.save(jaxaudit.audit(recording, arithmetics="all", backend="cpu"), sys.argv[2])
+    jaxaudit.save(jaxaudit.audit(recording, arithmetics="float32-then-bfloat16", backend="cpu"), sys.argv[2])
 """
 
 
@@ -409,6 +411,21 @@ def test_identify_ranks_and_finds_the_open_options(tmp_path):
     # 41,100 elements are split between two threads at most.
     assert min(found["threads"], 2) == min(torch.get_num_threads(), 2)
     assert mismatches(audit(bare)) == EXACT
+
+
+def test_identification_needs_the_moments(recorded, tmp_path):
+    path = copy(recorded, tmp_path / "x.safetensors", drop=["variance_W"])
+    with (
+        jaxaudit.open_recording(path) as recording,
+        pytest.raises(jaxaudit.FileError, match="identification needs the moments"),
+    ):
+        jaxaudit.identify(recording, backend="cpu")
+    path = copy(recorded, tmp_path / "y.safetensors", drop=["grad_W"])
+    with jaxaudit.open_recording(path) as recording:
+        ranked = jaxaudit.identify(recording, backend="cpu")
+    assert ranked.arithmetic.values.tolist() == ["torch-cpu-loop", USUAL]
+    assert ranked.mismatch_count.sel(stage="exp_avg").values.tolist() == [-1, -1]
+    assert ranked.fits.values.tolist() == [1, 0]
 
 
 def test_version_is_known():
