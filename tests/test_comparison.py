@@ -21,7 +21,7 @@ from jaxaudit.recording import TokenGroups
 
 DEVICE = jax.devices("cpu")[0]
 STEPS, ROWS = 3, 4
-WIDTHS = [1, 2, 7, 8, 9, 16, 63, 64, 65, 255, 256, 257, 300, 512, 1000, 5003]
+WIDTHS = [1, 7, 8, 9, 15, 16, 17, 64, 257, 300, 512, 5003]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_mismatches_of_special_values(fmt):
     assert distances[0].tolist() == distance.tolist()
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [1, 9, 16, 17, 64, 300, 5003])
 @pytest.mark.parametrize("formulation", ["float32", "float64"])
 def test_norms_agree_with_exact_sums(width, formulation):
     rng = np.random.default_rng(width)

@@ -465,7 +465,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(FUZZ, max_examples=1500)
+@settings(FUZZ, max_examples=1200)
 @given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=3), SMALL), max_size=5)
 )
