@@ -20,8 +20,9 @@ from jaxaudit.comparison import (
     sum_groups,
 )
 from jaxaudit.floats import FLOAT16
+from jaxaudit.operations import Formulation
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
-from jaxaudit.replay import Formulation, FreeRun, Program, Recorded
+from jaxaudit.replay import FreeRun, Program, Recorded
 from jaxaudit.workbench import Candidate, Workbench
 
 
@@ -117,10 +118,8 @@ class Accountant:
         if key not in self._runs:
             elements = arrays["param"].shape[1]
             self._runs[key] = FreeRun(bench.replayer(step), step, elements)
-        scalars, rule = (
-            bench.scalars(step, window),
-            bench.rule(step, candidate.options, window.rows),
-        )
+        scalars = bench.scalars(step, window)
+        rule = bench.rule(step, candidate.options, window.rows)
         return {**self._runs[key].advance(scalars, arrays, rule, window.steps), **arrays}
 
     def _replay(
@@ -219,10 +218,8 @@ class Accountant:
         ordinary = outcome.flags is None and outcome.formulation == "float32"
         if not ordinary or storage is FLOAT16:
             return set()
-        rounded = program.result is storage
-        return {i.tensor for i in program.inputs if i.tensor == "grad"} | (
-            {program.stage} if rounded else set()
-        )
+        proved = {"grad"} & {i.tensor for i in program.inputs}
+        return proved | {program.stage} if program.result is storage else proved
 
     def _look_at_values(
         self,

@@ -15,17 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit.devices import Device
-from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.floats import FLOAT32, Format, differ
 from jaxaudit.operations import (
-    Float32Operations,
-    Float64Operations,
+    Formulation,
     Operations,
     compile_exactly,
     narrow_patterns,
+    operations_of,
     widen_patterns,
 )
 from jaxaudit.recording import TokenGroups
-from jaxaudit.replay import Formulation
 
 #: Bits of `inspect`: non-zero and too small for float32 sums, infinite or NaN, not a storage-format value.
 TINY, NONFINITE, UNREPRESENTABLE = np.uint8(1), np.uint8(2), np.uint8(4)
@@ -133,10 +132,6 @@ def members_within(groups: TokenGroups, rows: tuple[int, int]) -> list[NDArray[n
     return found
 
 
-def _operations(formulation: Formulation, zero: Any) -> Operations:
-    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
-
-
 def _change(ops: Operations, after: Any, before: Any) -> Any:
     """Return the float32 difference as float64: its square is exact there, fused or not."""
     return ops.float64(ops.subtract(after, before))
@@ -201,9 +196,7 @@ def _count_program(
 ) -> Callable:
     def one_step(replayed: Any, recorded: Any) -> jax.Array:
         a, b = widen_patterns(replayed, replayed_format), widen_patterns(recorded, recorded_format)
-        limit = np.uint32(FLOAT32.infinity)
-        both_nan = (a << 1 > limit << 1) & (b << 1 > limit << 1)
-        return _fold(((a != b) & ~both_nan).astype(jnp.int32).reshape(-1, width), jnp.add)
+        return _fold(differ(a, b).astype(jnp.int32).reshape(-1, width), jnp.add)
 
     return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
 
@@ -236,7 +229,7 @@ def _observed_program(
     fmt: Format, width: int, formulation: Formulation, device: Device
 ) -> Callable:
     def whole(zero: Any, recorded: Any) -> jax.Array:
-        ops = _operations(formulation, zero)
+        ops = operations_of(formulation, zero)
 
         def one_step(before: Any, after: Any) -> jax.Array:
             change = _change(ops, ops.decode(after, fmt), ops.decode(before, fmt))
@@ -256,7 +249,7 @@ def _products_program(
     device: Device,
 ) -> Callable:
     def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
-        ops = _operations(formulation, zero)
+        ops = operations_of(formulation, zero)
 
         def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
             p = ops.decode(replayed, replayed_format)

@@ -6,7 +6,7 @@ normal, subnormal, signed zero, infinity and NaN.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -102,9 +102,14 @@ def round_scalar(value: float, fmt: Format) -> np.float32:
         return round_to(np.array([value], np.float64).astype(np.float32), fmt)[0]
 
 
-def is_nan(patterns: Patterns, fmt: Format) -> NDArray[np.bool_]:
+def is_nan(patterns: Any, fmt: Format) -> Any:
     """Tell which patterns are NaNs, whatever their payload."""
     return (patterns & (fmt.sign_bit - 1)) > fmt.infinity
+
+
+def differ(a: Any, b: Any) -> Any:
+    """Tell which float32 patterns differ, all NaNs being alike; NumPy and JAX arrays alike."""
+    return (a != b) & ~(is_nan(a, FLOAT32) & is_nan(b, FLOAT32))
 
 
 def is_nonfinite(patterns: Patterns, fmt: Format) -> NDArray[np.bool_]:

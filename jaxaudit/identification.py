@@ -72,9 +72,8 @@ def identify(
 
 def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
     """Turn what was asked for into arithmetics with options."""
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
     chosen: list[Candidate] = []
-    for name in names:
+    for name in _listed(wanted):
         if name == "auto":
             chosen += _identified(bench)
         elif name == "all":
@@ -94,7 +93,7 @@ def _identified(bench: Workbench) -> list[Candidate]:
         first = _possible_options(bench.recording)[0]
         return [Candidate(arithmetic, first) for arithmetic in _conceivable(bench.recording)]
     ranked = _rank(bench)
-    fitting = [c for c, counts, _ in ranked if all(n <= 0 for n in counts.values())]
+    fitting = [c for c, counts, _ in ranked if not _total(counts)]
     usual = [c for c, _, _ in ranked if c.arithmetic.name == USUAL_ASSUMPTION]
     return (fitting or [ranked[0][0]]) + usual
 
@@ -105,7 +104,7 @@ def check_names(wanted: str | Sequence[str]) -> None:
     Raises:
         ValueError: with the names that there are.
     """
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = _listed(wanted)
     unknown = [name for name in names if name not in {*CATALOGUE, "auto", "all"}]
     if unknown or not names:
         raise ValueError(
@@ -114,12 +113,21 @@ def check_names(wanted: str | Sequence[str]) -> None:
         )
 
 
+def _listed(wanted: str | Sequence[str]) -> list[str]:
+    return [wanted] if isinstance(wanted, str) else list(wanted)
+
+
+def _total(counts: dict[Stage, int]) -> int:
+    """Add up the mismatches of the stages that were audited."""
+    return sum(max(count, 0) for count in counts.values())
+
+
 def _rank(bench: Workbench) -> list[tuple[Candidate, dict[Stage, int], int]]:
     """Rank every arithmetic under its best options: (candidate, mismatches by stage, compared)."""
     ranked = []
     for arithmetic in _conceivable(bench.recording):
         _, counts, compared = best = _best_options(bench, arithmetic)
-        ranked.append((sum(max(n, 0) for n in counts.values()) / max(compared, 1), best))
+        ranked.append((_total(counts) / max(compared, 1), best))
     ranked.sort(key=lambda item: item[0])
     return [best for _, best in ranked]
 
@@ -147,7 +155,7 @@ def _best_options(
         _probe(bench, Candidate(arithmetic, options))
         for options in _possible_options(bench.recording)
     ]
-    return min(tried, key=lambda item: sum(max(n, 0) for n in item[1].values()))
+    return min(tried, key=lambda item: _total(item[1]))
 
 
 def _possible_options(recording: Recording) -> list[Options]:

@@ -20,7 +20,7 @@ What XLA would do to the same formulas, and what stands against it here:
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
 #: A NumPy or JAX array; each class of operations says which.
 Value = Any
 Mask = Any
+
+#: How XLA carries out float32 arithmetic: in float32 instructions, or emulated in float64.
+Formulation = Literal["float32", "float64"]
 
 
 class Operations(Protocol):
@@ -225,6 +228,11 @@ class Float64Operations:
 
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return jnp.where(mask, a, b)
+
+
+def operations_of(formulation: Formulation, zero: jax.Array) -> Operations:
+    """Return XLA's operations in a formulation; `zero` as for `Float32Operations`."""
+    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
 
 
 def compile_exactly(function: Callable, device: Device) -> Callable:

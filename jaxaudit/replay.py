@@ -8,7 +8,7 @@ which these are exact, and float64 emulation for all others. Each is tried on ha
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,13 @@ from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import (
-    Float32Operations,
     Float64Operations,
+    Formulation,
     NumpyOperations,
     Operations,
     compile_exactly,
+    operations_of,
 )
-
-Formulation = Literal["float32", "float64"]
 
 #: Recorded patterns of a window, by tensor: flat, (steps + 1, elements); `grad` (steps, elements).
 Recorded = Mapping[str, Any]
@@ -313,7 +312,7 @@ def _differ(
 ) -> NDArray[np.bool_]:
     wide_a = floats.decode(a, a_format).view(np.uint32)
     wide_b = floats.decode(b, b_format).view(np.uint32)
-    return (wide_a != wide_b) & ~(floats.is_nan(wide_a, FLOAT32) & floats.is_nan(wide_b, FLOAT32))
+    return floats.differ(wide_a, wide_b)
 
 
 def _trial_scalars(step: Step, steps: int) -> Scalars:
@@ -362,22 +361,16 @@ def _hard_patterns(
     )
 
 
-def _operations(formulation: Formulation, zero: jax.Array) -> Operations:
-    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
-
-
 @functools.lru_cache(maxsize=256)
 def _flags_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, rule: Any, target: Any) -> jax.Array:
-        ops = _operations(formulation, zero)
+        ops = operations_of(formulation, zero)
 
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
             x = x | {"scalar_rule": rule}
             replayed = ops.patterns32(program.step.replay(program.stage, ops, s, x))
             wanted = ops.patterns32(recorded)
-            limit = np.uint32(FLOAT32.infinity)
-            both_nan = (replayed << 1 > limit << 1) & (wanted << 1 > limit << 1)
-            flags = ((replayed != wanted) & ~both_nan).astype(jnp.uint8) * DIFFERS
+            flags = floats.differ(replayed, wanted).astype(jnp.uint8) * DIFFERS
             if formulation == "float64":
                 return flags
             stray = program.step.strays(program.stage, ops, s, x)
@@ -393,7 +386,7 @@ def _flags_program(program: Program, formulation: Formulation, device: Device) -
 @functools.lru_cache(maxsize=256)
 def _results_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, rule: Any) -> jax.Array:
-        ops = _operations(formulation, zero)
+        ops = operations_of(formulation, zero)
 
         def one_step(s: Any, x: Any) -> jax.Array:
             replayed = program.step.replay(program.stage, ops, s, x | {"scalar_rule": rule})

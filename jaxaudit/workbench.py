@@ -21,8 +21,9 @@ from jaxaudit.arithmetics import (
 from jaxaudit.comparison import Comparison
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.operations import Formulation
 from jaxaudit.recording import Recording, Window
-from jaxaudit.replay import Formulation, Program, Recorded, Replayer
+from jaxaudit.replay import Program, Recorded, Replayer
 
 #: Elements of a window: below this its arrays of 16-bit results stay in memory that malloc keeps.
 WINDOW_ELEMENTS = 1 << 22
@@ -58,6 +59,7 @@ class Workbench:
         self.comparison = Comparison(device, recording.width)
         self.second_moment = second
         self._rules: dict[tuple[int, int, int], NDArray[np.uint8]] = {}
+        self._scalars: dict[Step, tuple[int, Scalars]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +120,13 @@ class Workbench:
         return {name: jax.device_put(array, self.device) for name, array in flat.items()}
 
     def scalars(self, step: Step, window: Window) -> Scalars:
-        """Compute the scalars of a window's steps; beyond the last step they are repeated."""
+        """Return the scalars of a window's steps; beyond the last step they are repeated."""
+        known = self._scalars.get(step)
+        if known is None or known[0] != window.first:
+            known = self._scalars[step] = (window.first, self._compute_scalars(step, window))
+        return known[1]
+
+    def _compute_scalars(self, step: Step, window: Window) -> Scalars:
         given = self.recording.hyperparameters
         assert given is not None  # there are no stages without hyperparameters
         index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
@@ -128,15 +136,18 @@ class Workbench:
 
     def rule(self, step: Step, options: Options, rows: tuple[int, int]) -> NDArray[np.uint8]:
         """Mark the elements that follow PyTorch's scalar loop, where that matters."""
-        width = self.recording.width
-        if step.decay != "l2":
-            return np.zeros((rows[1] - rows[0]) * width, np.uint8)
-        key = (options.threads, *rows)
+        threads = options.threads if step.decay == "l2" else 0
+        key = (threads, *rows)
         if key not in self._rules:
-            elements, size = self.recording.parameter_elements()
-            elements = elements[rows[0] * width : rows[1] * width]
-            self._rules[key] = scalar_rule_elements(elements, size, options.threads)
+            self._rules[key] = self._compute_rule(threads, rows)
         return self._rules[key]
+
+    def _compute_rule(self, threads: int, rows: tuple[int, int]) -> NDArray[np.uint8]:
+        width = self.recording.width
+        if not threads:
+            return np.zeros((rows[1] - rows[0]) * width, np.uint8)
+        elements, size = self.recording.parameter_elements()
+        return scalar_rule_elements(elements[rows[0] * width : rows[1] * width], size, threads)
 
     def flags(
         self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded
