@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit import results
-from jaxaudit.arithmetics import STAGES, Stage
 from jaxaudit.comparison import (
     NONFINITE,
     TINY,
@@ -22,7 +21,8 @@ from jaxaudit.comparison import (
 from jaxaudit.floats import FLOAT16
 from jaxaudit.operations import Formulation
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
-from jaxaudit.replay import FreeRun, Program, Recorded
+from jaxaudit.replay import Program, Recorded
+from jaxaudit.steps import STAGES, Stage
 from jaxaudit.workbench import Candidate, Workbench
 
 
@@ -59,14 +59,14 @@ class Tables:
         self.nonfinite = np.zeros((len(self.tensors), *count[1:]), np.int64)
         self.unrepresentable = np.zeros_like(self.nonfinite)
 
-    def mark_audited(self, stages: Sequence[Stage]) -> None:
-        """Start the counts of these stages at zero."""
+    def mark_audited(self, a: int, stages: Sequence[Stage]) -> None:
+        """Start the counts of an arithmetic's stages at zero."""
         for stage in stages:
             k = STAGES.index(stage)
-            self.audited[:, k] = 1
-            self.mismatches[:, k] = self.distances[:, k] = 0
+            self.audited[a, k] = 1
+            self.mismatches[a, k] = self.distances[a, k] = 0
             if stage == "param":
-                self.predicted[:] = self.difference[:] = self.product[:] = 0
+                self.predicted[a] = self.difference[a] = self.product[a] = 0
 
     def place(self, window: Window) -> slice:
         """Return the window's place on the timestep axis."""
@@ -79,9 +79,8 @@ class Accountant:
     def __init__(self, bench: Workbench, tables: Tables, candidates: Sequence[Candidate]):
         self._bench, self._tables = bench, tables
         self._candidates = candidates
-        self._stages = bench.stages()
-        self._runs: dict[tuple[Candidate, tuple[int, int]], FreeRun] = {}
-        tables.mark_audited(self._stages)
+        for a, candidate in enumerate(candidates):
+            tables.mark_audited(a, bench.stages(candidate))
 
     def account(self, window: Window) -> None:
         """Replay and compare one window under every arithmetic."""
@@ -93,8 +92,8 @@ class Accountant:
         observed = self._observe(window, arrays, members, bool(param & TINY))
         clean: set[str] = set()
         for a, candidate in enumerate(self._candidates):
-            read = self._with_moments(candidate, window, arrays)
-            for stage in self._stages:
+            read = self._bench.with_hidden(candidate, window, arrays)
+            for stage in self._bench.stages(candidate):
                 outcome = self._replay(candidate, stage, window, read)
                 self._enter(a, stage, outcome, window, arrays, members)
                 clean |= self._proved(outcome)
@@ -104,23 +103,10 @@ class Accountant:
         self._look_at_values(window, arrays, members, param, clean)
 
     def run_up(self, window: Window) -> None:
-        """Take a window before the audited steps into moments that were not recorded."""
+        """Take a window before the audited steps into what was not recorded."""
         arrays = self._bench.put(window)
         for candidate in self._candidates:
-            self._with_moments(candidate, window, arrays)
-
-    def _with_moments(self, candidate: Candidate, window: Window, arrays: Recorded) -> Recorded:
-        """Add the moments that were not recorded."""
-        bench = self._bench
-        if not bench.free_running:
-            return arrays
-        step, key = bench.step(candidate), (candidate, window.rows)
-        if key not in self._runs:
-            elements = arrays["param"].shape[1]
-            self._runs[key] = FreeRun(bench.replayer(step), step, elements)
-        scalars = bench.scalars(step, window)
-        rule = bench.rule(step, candidate.options, window.rows)
-        return {**self._runs[key].advance(scalars, arrays, rule, window.steps), **arrays}
+            self._bench.with_hidden(candidate, window, arrays)
 
     def _replay(
         self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded

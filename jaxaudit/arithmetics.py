@@ -1,38 +1,27 @@
-"""How an Adam step rounds: the catalogue of arithmetics, and one step under each of them.
+"""The catalogue: how PyTorch, optax and the low-precision optimizers round an Adam step.
 
 An Adam step is three formulas (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014,
-algorithm 1). What a run's bits depend on is where each implementation of them rounds, in which format its
-scalars are, which products are fused with which sums, and in which order it divides. An `Arithmetic` states
-that; `Step` is the same once the run's own facts (storage format, kind of weight decay) are filled in.
+algorithm 1). What a run's bits depend on is where an implementation rounds, in which format its scalars are,
+which products are fused with which sums, and in which order it divides. An `Arithmetic` states that.
+`make_step` fills in what a run adds to it: storage format, kind of weight decay, and the like.
 
-Every formula is written once, against `operations.Operations`, and runs unchanged in NumPy, in XLA's float32
-and in exact float64 emulation.
+`CATALOGUE` is the one place where they are listed. Some names stand for several values, `VARIANTS`, since
+something else than the implementation's name decides between them: an instruction set, the version.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.floats import FLOAT32, Format, round_scalar
+from jaxaudit import formulas, scalars
+from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
-from jaxaudit.operations import Mask, Operations, Value
-
-Stage = Literal["exp_avg", "exp_avg_sq", "param"]
-
-#: The tensors that a step computes, in its order; the audit compares each of them with the recording.
-STAGES: tuple[Stage, ...] = ("exp_avg", "exp_avg_sq", "param")
-
-Decay = Literal["none", "decoupled", "l2"]
-
-#: Float32 scalars of each step, by name; each of shape (T,).
-Scalars = Mapping[str, NDArray[np.float32]]
-
-#: What a step reads, by name: `param`, `exp_avg`, `exp_avg_sq` before it, `grad`, and, for the stage
-#: `param`, `new_exp_avg` and `new_exp_avg_sq` after it. `scalar_rule` marks elements (see `_l2_gradient`).
-Tensors = Mapping[str, Value]
+from jaxaudit.scalars import Nudge, Rule
+from jaxaudit.steps import Decay, Formula, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,232 +41,471 @@ class Options:
     threads: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Arithmetic:
-    """Where an Adam step rounds.
+    """Where an implementation of Adam rounds.
 
     Attributes:
         name: as on the command line and in the dataset.
+        variant: what tells it from others of its name; "" for the usual one.
         summary: one line for people.
-        formula: every rounding point, R() being the rounding to `operator_format`.
-        source: where the formula was read, and how it was confirmed.
-        operator_format: what the result of each operator on moments and denominator is rounded to.
-        param_format: what the new weight is rounded to.
-        update: the order of operations of the weight's update.
+        text: every rounding point in words, R() being the rounding to the storage format.
+        source: where that was read, and what it was compared with.
+        gradient: formula of the gradient that the moments see.
+        exp_avg: formula of the first moment.
+        exp_avg_sq: formula of the second moment.
+        max_exp_avg_sq: formula of the largest second moment so far.
+        param: formula of the weight.
+        compensation: formula of Kahan's buffer, where there is one.
+        rule: how the scalars are computed.
+        operators: "storage" where each operator rounds its result, "float32" where only what is stored is.
+        reads_stored: the update reads the moments back as they were stored.
+        moments: format in which moments are kept: that of the weight; that of the weight for the first and
+            whatever the recording shows for the second; whatever it shows for both; float32.
+        weight: format in which the weight is kept: that of the recording; "float32" for weights that are
+            not rounded at all; "master" for float32 weights of which the recording holds a rounded copy.
+        storages: formats of recorded weights for which this differs from all other arithmetics.
+        fuses: see `Step`.
+        square_root: see `Step`.
+        tail: which elements a vectorised kernel leaves to its scalar loop: none that matter, those at the
+            end of each thread's chunk (L2 decay), or those at the end of the tensor.
+        decays: kinds of weight decay that it has.
+        amsgrad: whether it has this option; `maximize`: likewise.
+        device_power: beta^t is computed by a device whose powf is not correctly rounded.
+        altered: points of the formulas that are the other way round in this variant.
+        confirmed: against what it was compared, bit for bit; "" for nothing yet.
     """
 
     name: str
+    variant: str = ""
     summary: str
-    formula: str
+    text: str
     source: str
-    operator_format: Literal["storage", "float32"]
-    param_format: Literal["storage", "float32"]
-    update: Literal["bias-corrected denominator", "bias-corrected moments"]
+    gradient: Formula
+    exp_avg: Formula
+    exp_avg_sq: Formula
+    max_exp_avg_sq: Formula = formulas.largest
+    param: Formula
+    compensation: Formula | None = None
+    rule: Rule
+    operators: Literal["storage", "float32"] = "storage"
+    reads_stored: bool = True
+    moments: Literal["storage", "second recorded", "recorded", "float32"] = "storage"
+    weight: Literal["storage", "float32", "master"] = "storage"
+    storages: tuple[Format, ...] = (BFLOAT16, FLOAT16, FLOAT32)
+    fuses: bool = True
+    square_root: str = "ieee"
+    tail: Literal["none", "chunks", "tensor"] = "none"
+    decays: tuple[Decay, ...] = ("decoupled", "l2")
+    amsgrad: bool = True
+    maximize: bool = True
+    device_power: bool = False
+    altered: frozenset[str] = frozenset()
+    confirmed: str = ""
+
+    @property
+    def label(self) -> str:
+        """Return the name, with the variant where it is not the usual one."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+    def nudges(self, given: Hyperparameters) -> tuple[Nudge, ...]:
+        """List where scalars can lie that are not known exactly, the likeliest first."""
+        rates = (
+            (0.0,) if given.exact_rate else (0.0, -1.0, 1.0, -0.5, 0.5, -0.75, 0.75, -0.25, 0.25)
+        )
+        powers = range(-2, 3) if self.device_power else (0,)
+        roots = (0, -1, 1) if self.device_power else (0,)
+        found = [Nudge(*each) for each in itertools.product(rates, powers, powers, roots)]
+        return tuple(sorted(found, key=lambda n: abs(n.power1) + abs(n.power2) + abs(n.root)))
 
 
-TORCH_CPU_LOOP = Arithmetic(
+def _variants(
+    base: Arithmetic, *choices: Mapping[str, Mapping[str, Any]]
+) -> tuple[Arithmetic, ...]:
+    """Combine one of each choice; a variant's name is made of the names of what was chosen."""
+    found = []
+    for combined in itertools.product(*(choice.items() for choice in choices)):
+        label = ", ".join(name for name, _ in combined if name)
+        storages = set(base.storages)
+        changes: dict[str, Any] = {}
+        for _, change in combined:
+            storages &= set(change.get("storages", base.storages))
+            changes |= change
+        if storages:
+            changes["storages"] = tuple(f for f in base.storages if f in storages)
+            found.append(dataclasses.replace(base, variant=label, **changes))
+    return tuple(found)
+
+
+_BUILDS = {"": {}, "no fused multiply-add": {"fuses": False}}
+_ROOTS = {"": {}, "square root of MKL on AMD": {"square_root": "mkl-amd", "storages": (FLOAT32,)}}
+
+_TORCH_CPU_TEXT = """\
+AdamW: p = R(p * {decay}). Adam: g = R(g + R(weight_decay)*p), see `formulas.gradient_cpu`.
+m = R(fma(1 - beta1, g - m, m));  v = R(v * {beta2});  v = R(fma((1 - beta2)*g, g, v))
+amsgrad: v_max = max(v_max, v), from which d is then made
+d = R(sqrt(v));  d = R(d / sqrt(1 - beta2^t));  d = R(d + R(eps));  p = R(p + (-lr/(1 - beta1^t) * m) / d)
+Scalars are computed in double and rounded to float32 once; operators compute in float32."""
+
+_TORCH_CPU_LOOP = Arithmetic(
     name="torch-cpu-loop",
     summary="torch.optim.Adam and AdamW on CPU, one operator at a time (foreach=False, the default there)",
-    formula="""\
-AdamW: p = R(p * (1 - lr*weight_decay)). Adam: g = R(g + weight_decay*p), see `_l2_gradient`.
-m = R(fma(1 - beta1, g - m, m));  v = R(v * beta2);  v = R(fma((1 - beta2)*g, g, v))
-d = R(sqrt(v));  d = R(d / sqrt(1 - beta2^t));  d = R(d + R(eps));  p = R(p + (-lr/(1 - beta1^t) * m) / d)
-Scalars are computed in double and rounded to float32 once; operators compute in float32.""",
-    source="torch/optim/adam.py `_single_tensor_adam`, ATen CPU kernels lerp, mul, addcmul, sqrt, div, add, "
-    "addcdiv; bit for bit against torch 2.13.0 (tests/test_arithmetics.py)",
-    operator_format="storage",
-    param_format="storage",
-    update="bias-corrected denominator",
+    text=_TORCH_CPU_TEXT.format(decay="(1 - lr*weight_decay)", beta2="beta2"),
+    source="torch/optim/adam.py `_single_tensor_adam`; ATen CPU kernels lerp, mul, addcmul, sqrt, div, add, "
+    "addcdiv",
+    confirmed="torch 2.13.0",
+    gradient=formulas.gradient_cpu,
+    exp_avg=formulas.exp_avg_lerp,
+    exp_avg_sq=formulas.exp_avg_sq_cpu,
+    param=formulas.param_cpu,
+    rule=scalars.storage_rounded(scalars.torch, "l2", "epsilon"),
+    moments="second recorded",
+    tail="chunks",
 )
 
-FLOAT32_UPDATE = Arithmetic(
-    name="float32",
-    summary="textbook Adam in float32 from the recorded moments, the weight not rounded",
-    formula="""\
-p = p * (1 - lr*weight_decay) (decoupled) or g = fma(weight_decay, p, g) (L2)
-m = fma(1 - beta1, g - m, m);  v = fma((1 - beta2)*g, g, v * beta2)
-p = p - (lr * (m / (1 - beta1^t))) / (sqrt(v / (1 - beta2^t)) + eps)""",
-    source="Kingma and Ba (2014), algorithm 1, evaluated in float32 from left to right",
-    operator_format="float32",
-    param_format="float32",
-    update="bias-corrected moments",
+_TENSOR_RATE = {
+    "": {},
+    "learning rate a tensor": {
+        "rule": scalars.storage_rounded(scalars.tensor_rate(scalars.torch), "l2", "epsilon")
+    },
+}
+
+_TORCH_CPU_FOREACH = dataclasses.replace(
+    _TORCH_CPU_LOOP,
+    name="torch-cpu-foreach",
+    summary="torch.optim.Adam and AdamW on CPU over lists of tensors (foreach=True)",
+    text=_TORCH_CPU_TEXT.format(decay="R(1 - lr*weight_decay)", beta2="R(beta2)"),
+    source="torch/optim/adam.py `_multi_tensor_adam`; its in-place multiplications round their scalars to the "
+    "storage format",
+    rule=scalars.storage_rounded(scalars.torch, "l2", "epsilon", "decay", "beta2"),
+    storages=(BFLOAT16, FLOAT16),
 )
 
-FLOAT32_THEN_BFLOAT16 = dataclasses.replace(
-    FLOAT32_UPDATE,
-    name="float32-then-bfloat16",
-    summary="textbook Adam in float32 from the recorded moments, the weight rounded once at the end",
-    formula=FLOAT32_UPDATE.formula.replace("p = p - ", "p = R(p - ") + ")",
-    param_format="storage",
+_TORCH_CPU_FUSED = Arithmetic(
+    name="torch-cpu-fused",
+    summary="torch.optim.Adam and AdamW on CPU in one kernel (fused=True)",
+    text="""\
+AdamW: p = p * (1 - lr*weight_decay). Adam: g = fma(p, weight_decay, g).
+m = fma(1 - beta1, g - m, m);  v = fma((1 - beta2)*g, g, v*beta2), at the tensor's end fma(v, beta2, ((1 - beta2)*g)*g)
+d = sqrt(v)/sqrt(1 - beta2^t) + eps;  p = p + (-lr/(1 - beta1^t) * m) / d
+All in float32; p, m and v are rounded once, when they are stored, and the update reads them unrounded.""",
+    source="ATen/native/cpu/FusedAdamKernel.cpp",
+    confirmed="torch 2.13.0",
+    gradient=formulas.gradient_cpu,
+    exp_avg=formulas.exp_avg_lerp,
+    exp_avg_sq=formulas.exp_avg_sq_fused_cpu,
+    max_exp_avg_sq=formulas.largest_fused_cpu,
+    param=formulas.param_cpu,
+    rule=scalars.torch,
+    operators="float32",
+    reads_stored=False,
+    tail="tensor",
 )
 
-#: Every arithmetic, by name: the one place where they are listed.
-CATALOGUE: dict[str, Arithmetic] = {
-    arithmetic.name: arithmetic
-    for arithmetic in (TORCH_CPU_LOOP, FLOAT32_THEN_BFLOAT16, FLOAT32_UPDATE)
+_TORCH_CUDA_TEXT = """\
+As torch-cpu-loop, with v = R(fma(1 - beta2, g*g, v)), eps not rounded, g = R(fma(weight_decay, p, g)),
+d = R({root}) and p = R(fma(-lr/(1 - beta1^t), m/d, p))"""
+
+_TORCH_CUDA_LOOP = Arithmetic(
+    name="torch-cuda-loop",
+    summary="torch.optim.Adam and AdamW on CUDA, one operator at a time (foreach=False)",
+    text=_TORCH_CUDA_TEXT.format(root="d * (1/sqrt(1 - beta2^t))"),
+    source="torch/optim/adam.py `_single_tensor_adam`; ATen CUDA kernels, whose expressions were compiled and "
+    "disassembled",
+    gradient=formulas.gradient_cuda,
+    exp_avg=formulas.exp_avg_lerp,
+    exp_avg_sq=formulas.exp_avg_sq_cuda,
+    param=formulas.param_cuda_reciprocal,
+    rule=scalars.torch,
+)
+
+_RECIPROCALS = {
+    "": {},
+    "reciprocal in float32": {"rule": scalars.single_reciprocal(scalars.torch)},
+}
+
+_TORCH_CUDA_FOREACH = dataclasses.replace(
+    _TORCH_CUDA_LOOP,
+    name="torch-cuda-foreach",
+    summary="torch.optim.Adam and AdamW on CUDA over lists of tensors (the default there)",
+    text=_TORCH_CUDA_TEXT.format(root="d / sqrt(1 - beta2^t)"),
+    source="torch/optim/adam.py `_multi_tensor_adam`; ATen CUDA foreach functors, compiled and disassembled",
+    param=formulas.param_cuda,
+)
+
+_TORCH_CUDA_FUSED = Arithmetic(
+    name="torch-cuda-fused",
+    summary="torch.optim.Adam and AdamW on CUDA in one kernel (fused=True), torch 2.11 and later",
+    text="""\
+Every hyperparameter is a float32. AdamW: p = fma(-(lr*weight_decay), p, p). Adam: g = fma(p, weight_decay, g).
+m = fma(beta1, m, fma(-beta1, g, g));  v = fma(beta2, v, fma(-beta2, g*g, g*g))
+d = sqrt(v)/sqrt(1 - beta2^t) + eps;  p = p - ((lr/(1 - beta1^t)) * m) / d
+p, m and v are rounded once, when they are stored; beta^t is the device's powf.""",
+    source="ATen/native/cuda/fused_adam_utils.cuh since pull requests 172505 and 173224, compiled and "
+    "disassembled",
+    gradient=formulas.gradient_cuda,
+    exp_avg=formulas.exp_avg_fused_cuda,
+    exp_avg_sq=formulas.exp_avg_sq_fused_cuda,
+    param=formulas.param_fused_cuda,
+    rule=scalars.fused_cuda,
+    operators="float32",
+    reads_stored=False,
+    device_power=True,
+)
+
+_TORCH_CUDA_FUSED_LEGACY = dataclasses.replace(
+    _TORCH_CUDA_FUSED,
+    name="torch-cuda-fused-legacy",
+    summary="torch.optim.Adam and AdamW on CUDA in one kernel (fused=True), torch up to 2.10",
+    text="""\
+Expressions with hyperparameters are evaluated in double and rounded to float32 once:
+AdamW: p = p - (lr*weight_decay)*p. Adam: g = g + p*weight_decay.
+m = beta1*m + (1 - beta1)*g;  v = beta2*v + ((1 - beta2)*g)*g;  d = float32(sqrt(v)/sqrt(1 - beta2^t)) + eps
+p = p - (lr/(1 - beta1^t) * m) / d in float32; p, m and v are rounded once, when they are stored.""",
+    source="ATen/native/cuda/fused_adam_utils.cuh before these pull requests, compiled and disassembled",
+    gradient=formulas.gradient_fused_cuda_legacy,
+    exp_avg=formulas.exp_avg_fused_cuda_legacy,
+    exp_avg_sq=formulas.exp_avg_sq_fused_cuda_legacy,
+    param=formulas.param_fused_cuda_legacy,
+    rule=scalars.fused_cuda_legacy,
+    device_power=False,
+)
+
+_OTHER_PRODUCTS = {
+    "": {},
+    "other product fused": {
+        "altered": frozenset(
+            {
+                "fusion in exp_avg, of the other product",
+                "fusion in exp_avg_sq, of the other product",
+            }
+        )
+    },
+}
+
+_TORCH_CAPTURABLE = dataclasses.replace(
+    _TORCH_CUDA_LOOP,
+    name="torch-capturable",
+    summary="torch.optim.Adam and AdamW with capturable=True, whose step count is a float32 tensor",
+    text="""\
+As torch-cuda-loop up to the moments; 1 - beta^t and all that is made of it is float32, and on CUDA rounded to
+the storage format before it meets a tensor. With -s = -lr/(1 - beta1^t):
+one tensor at a time: d = R(R(sqrt(v)) / (sqrt(1 - beta2^t) * -s));  d = R(d + eps/-s);  p = R(p + m/d)
+over lists: d = R(R(sqrt(v)) / sqrt(1 - beta2^t));  d = R(d + eps);  d = R(d / -s);  p = R(p + m/d)""",
+    source="torch/optim/adam.py, the branches of `capturable`; order confirmed on CPU kernels",
+    param=formulas.param_capturable_loop,
+    rule=scalars.storage_rounded(
+        scalars.capturable_loop, "capturable_divisor", "capturable_epsilon"
+    ),
+    device_power=True,
+)
+
+_OVER_LISTS = {"param": formulas.param_capturable_foreach}
+_CPU_KERNELS = {
+    "gradient": formulas.gradient_cpu,
+    "exp_avg_sq": formulas.exp_avg_sq_cpu,
+    "tail": "chunks",
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """One Adam step under an arithmetic, with everything filled in that its program depends on.
+def _capturable(rule: Rule, *rounded: str) -> dict[str, Rule]:
+    return {"rule": scalars.storage_rounded(rule, *rounded)}
 
-    Attributes:
-        arithmetic: where it rounds.
-        storage: format of the parameter.
-        decay: how weight decay enters; "none" where its factor is zero.
-        maximize: the gradient is negated first.
-        lerp_from_end: the first moment's interpolation starts from the gradient (weight >= 0.5).
-    """
 
-    arithmetic: Arithmetic
-    storage: Format
-    decay: Decay
-    maximize: bool
-    lerp_from_end: bool
+#: On CUDA the scalars are tensors that are cast to the storage format; on CPU kernels only some are.
+_CAPTURABLE = {
+    "": {},
+    "learning rate a tensor": _capturable(
+        scalars.capturable_loop_tensor_rate, "capturable_divisor", "capturable_epsilon"
+    ),
+    "over lists": _OVER_LISTS
+    | _capturable(scalars.capturable_foreach, "bias_correction2_sqrt", "capturable_divisor"),
+    "over lists, learning rate a tensor": _OVER_LISTS
+    | _capturable(
+        scalars.tensor_decay(scalars.capturable_foreach),
+        "bias_correction2_sqrt",
+        "capturable_divisor",
+    ),
+    "CPU kernels": _CPU_KERNELS | _capturable(scalars.capturable_loop, "capturable_epsilon", "l2"),
+    "CPU kernels, learning rate a tensor": _CPU_KERNELS
+    | _capturable(scalars.capturable_loop_tensor_rate, "capturable_epsilon", "l2"),
+    "CPU kernels over lists": _CPU_KERNELS
+    | _OVER_LISTS
+    | _capturable(scalars.capturable_foreach, "epsilon", "l2", "decay", "beta2"),
+    "CPU kernels over lists, learning rate a tensor": _CPU_KERNELS
+    | _OVER_LISTS
+    | _capturable(scalars.tensor_decay(scalars.capturable_foreach), "epsilon", "l2", "beta2"),
+}
 
-    @property
-    def operator_format(self) -> Format:
-        """What the result of each operator on moments and denominator is rounded to."""
-        return self.storage if self.arithmetic.operator_format == "storage" else FLOAT32
+_TEXTBOOK_TEXT = """\
+p = p * (1 - lr*weight_decay) (decoupled) or g = fma(weight_decay, p, g) (L2)
+m = fma(1 - beta1, g - m, m);  v = fma((1 - beta2)*g, g, v * beta2)
+p = {store}p - (lr * (m / (1 - beta1^t))) / (sqrt(v / (1 - beta2^t)) + eps){end}"""
 
-    @property
-    def param_format(self) -> Format:
-        """What the new weight is rounded to."""
-        return self.storage if self.arithmetic.param_format == "storage" else FLOAT32
+_FLOAT32_UPDATE = Arithmetic(
+    name="float32",
+    summary="textbook Adam in float32 from the recorded moments, the weight not rounded",
+    text=_TEXTBOOK_TEXT.format(store="", end=""),
+    source="Kingma and Ba (2014), algorithm 1, evaluated in float32 from left to right",
+    confirmed="the formula in PyTorch",
+    gradient=formulas.gradient_cuda,
+    exp_avg=formulas.exp_avg_lerp,
+    exp_avg_sq=formulas.exp_avg_sq_cpu,
+    param=formulas.param_textbook,
+    rule=scalars.torch,
+    operators="float32",
+    moments="float32",
+    weight="float32",
+)
 
-    def result_format(self, stage: Stage) -> Format:
-        """Tell the format that holds every result of a stage exactly."""
-        return self.param_format if stage == "param" else self.operator_format
+_FLOAT32_THEN_BFLOAT16 = dataclasses.replace(
+    _FLOAT32_UPDATE,
+    name="float32-then-bfloat16",
+    summary="textbook Adam in float32 from the recorded moments, the weight rounded once at the end",
+    text=_TEXTBOOK_TEXT.format(store="R(", end=")"),
+    weight="storage",
+)
 
-    def reads(self, stage: Stage) -> tuple[str, ...]:
-        """Name the tensors that a stage reads (see `Tensors`)."""
-        if stage == "param":
-            return ("param", "new_exp_avg", "new_exp_avg_sq")
-        decayed = ("param", "scalar_rule") if self.decay == "l2" else ()
-        return ("grad", stage, *decayed)
 
-    def replay(
-        self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors
-    ) -> Value:
-        """Compute one stage's new values from decoded tensors and scalars that broadcast to them."""
-        formulas = {"exp_avg": _exp_avg, "exp_avg_sq": _exp_avg_sq, "param": _param}
-        return formulas[stage](self, ops, scalars, x)
+def _masters() -> tuple[Arithmetic, ...]:
+    """List the float32 arithmetics whose weights may have been recorded as 16-bit copies."""
+    found = []
+    for base in (
+        _TORCH_CPU_LOOP,
+        dataclasses.replace(_TORCH_CPU_LOOP, variant=_MKL, square_root="mkl-amd"),
+        _TORCH_CPU_FUSED,
+        _TORCH_CUDA_FOREACH,
+        _TORCH_CUDA_LOOP,
+        _TORCH_CUDA_FUSED,
+        _TORCH_CUDA_FUSED_LEGACY,
+    ):
+        found.append(
+            dataclasses.replace(
+                base,
+                name="float32-master",
+                variant=base.label if found else "",
+                summary="float32 weights and moments, of whose weights the recording holds a rounded copy",
+                text=f"{base.name} in float32 throughout; the recorded weight is R(p).",
+                source=base.source,
+                moments="float32",
+                weight="master",
+                storages=(BFLOAT16, FLOAT16),
+            )
+        )
+    return tuple(found)
 
-    def strays(
-        self, stage: Stage, ops: Operations, scalars: Mapping[str, Value], x: Tensors
-    ) -> Mask:
-        """Mark the elements for which flushing subnormals could change this stage's result.
 
-        Sound, not tight: where no element is marked and the scalars are `ordinary`, no operand and no result
-        within any formula here is subnormal, infinite or NaN, unless it then vanishes against the weight:
+_MKL = "square root of MKL on AMD"
 
-        * exp_avg_sq: with |g| >= 2^-54 and 1-beta2 >= 2^-16, (1-beta2)*g*g is at least 2^-124.
-        * exp_avg: |m| >= 2^-100 makes g-m a multiple of 2^-123. The interpolation cancels only where m is of
-          the size of (1-beta1)*g >= 2^-74, and leaves zero or a multiple of 2^-120.
-        * param: what is flushed on the way to the update makes it smaller than 2^-126 * 2^10 * 2^4 / 2^-50
-          (tiny moment, bias correction, learning rate, smallest denominator), while a weight of at least
-          2^-34 after a decay of at least 1/4 absorbs anything below 2^-61. Where the weight or the second
-          moment is zero, the first moment must be ordinary as well: the update is then at least
-          2^-64 * 2^-40 / 2^21.
-        """
-        if stage == "param":
-            weight, first, second = (ops.patterns32(x[name]) for name in self.reads(stage))
-            exposed = _outside(first, -64, 60) & ((weight << 1 == 0) | (second == 0))
-            return (
-                _outside(weight, -34, 60) | _outside_positive(second, -100, 20)
-                | (_magnitude(first) > _pattern_of_power(60)) | exposed
-            )  # fmt: skip
-        gradient = ops.patterns32(_gradient(self, ops, scalars, x))
-        if stage == "exp_avg":
-            stray = _outside(gradient, -54, 60) | _outside(ops.patterns32(x["exp_avg"]), -100, 60)
-        else:
-            second = ops.patterns32(x["exp_avg_sq"])
-            stray = _outside(gradient, -54, 30) | _outside_positive(second, -100, 60)
-        if self.decay == "l2":
-            stray |= _outside(ops.patterns32(x["grad"]), -54, 60)
-            stray |= _outside(ops.patterns32(x["param"]), -34, 60)
-        return stray
+#: Every arithmetic with its variants, by name: the one place where they are listed. The first is the usual one.
+VARIANTS: dict[str, tuple[Arithmetic, ...]] = {
+    variants[0].name: variants
+    for variants in (
+        _variants(_TORCH_CPU_LOOP, _BUILDS, _TENSOR_RATE, _ROOTS),
+        _variants(_TORCH_CPU_FOREACH, _BUILDS),
+        _variants(_TORCH_CPU_FUSED, _BUILDS),
+        _variants(_TORCH_CUDA_FOREACH),
+        _variants(_TORCH_CUDA_LOOP, _RECIPROCALS),
+        _variants(_TORCH_CUDA_FUSED),
+        _variants(_TORCH_CUDA_FUSED_LEGACY, _OTHER_PRODUCTS),
+        _variants(_TORCH_CAPTURABLE, _CAPTURABLE, _ROOTS),
+        _masters(),
+        (_FLOAT32_THEN_BFLOAT16,),
+        (_FLOAT32_UPDATE,),
+    )
+}
+
+#: The usual variant of every arithmetic, by name.
+CATALOGUE: dict[str, Arithmetic] = {name: variants[0] for name, variants in VARIANTS.items()}
 
 
 def make_step(
-    arithmetic: Arithmetic, storage: Format, hyperparameters: Hyperparameters, options: Options
+    arithmetic: Arithmetic,
+    storage: Format,
+    hyperparameters: Hyperparameters,
+    options: Options,
+    moments: tuple[Format, Format] | None = None,
 ) -> Step:
-    """Fill in what a run says about itself."""
+    """Fill in what a run adds to an arithmetic.
+
+    Args:
+        arithmetic: where to round.
+        storage: format of the recorded weights.
+        hyperparameters: the numbers.
+        options: kind of weight decay, and the like.
+        moments: formats in which the recorded moments show themselves to be kept; by default `storage`.
+    """
     decay: Decay = "none"
     if hyperparameters.weight_decay != 0:
         decay = "decoupled" if options.decoupled else "l2"
+    shown = moments or (storage, storage)
+    kept = {
+        "storage": (storage, storage),
+        "float32": (FLOAT32, FLOAT32),
+        "recorded": shown,
+        "second recorded": (storage, shown[1]),
+    }[arithmetic.moments]
+    master = arithmetic.weight == "master"
     return Step(
-        arithmetic=arithmetic,
-        storage=storage,
+        gradient=arithmetic.gradient,
+        exp_avg=arithmetic.exp_avg,
+        exp_avg_sq=arithmetic.exp_avg_sq,
+        max_exp_avg_sq=arithmetic.max_exp_avg_sq,
+        param=arithmetic.param,
+        compensation=arithmetic.compensation,
+        storage=FLOAT32 if master else storage,
+        exp_avg_format=kept[0],
+        exp_avg_sq_format=kept[1],
+        param_format=storage if arithmetic.weight == "storage" else FLOAT32,
+        recorded_format=FLOAT32 if arithmetic.weight == "float32" else storage,
+        rounds_operators=arithmetic.operators == "storage",
+        reads_stored=arithmetic.reads_stored,
+        fuses=arithmetic.fuses,
+        square_root=arithmetic.square_root if storage is FLOAT32 or master else "ieee",
         decay=decay,
+        amsgrad=options.amsgrad,
         maximize=options.maximize,
-        lerp_from_end=bool(abs(np.float32(1 - hyperparameters.beta1)) >= np.float32(0.5)),
+        interpolation="end" if scalars.interpolation_of(hyperparameters) else "start",
+        altered=arithmetic.altered,
     )
 
 
-def scalars_of(step: Step, given: Hyperparameters, timesteps: Sequence[int]) -> Scalars:
-    """Compute each step's scalars as PyTorch does: in Python doubles, rounded to float32 once.
+def depends_on_tail(arithmetic: Arithmetic, step: Step) -> bool:
+    """Tell whether a step treats the elements of a vectorised kernel's scalar loop in their own way."""
+    if arithmetic.tail == "chunks":
+        return step.decay == "l2" and step.fuses and step.storage is not FLOAT32
+    return arithmetic.tail == "tensor" and (step.fuses or step.amsgrad)
+
+
+def tail_elements(
+    arithmetic: Arithmetic,
+    storage: Format,
+    elements: NDArray[np.integer],
+    parameter_size: int,
+    threads: int,
+) -> NDArray[np.uint8]:
+    """Mark the elements that a vectorised kernel leaves to its scalar loop.
+
+    A fused kernel of PyTorch leaves what is beyond the last whole vector of the tensor; its chunks for
+    threads are multiples of a vector. For ATen's single operators see `chunk_tails`.
 
     Args:
-        step: what to compute them for.
-        given: the hyperparameters; `learning_rate[k]` belongs to `timesteps[k]`.
-        timesteps: 1-based step counts, as in the bias corrections.
-
-    Returns:
-        Float32 arrays of shape (T,).
+        arithmetic: of which kind the kernel is.
+        storage: format of the weights.
+        elements: flat positions within the whole parameter.
+        parameter_size: number of elements of the whole parameter.
+        threads: `torch.get_num_threads()` of the run.
     """
-    weight = np.float32(1 - given.beta1)
-    rows = [
-        {
-            "exp_avg_weight": weight - np.float32(1) if step.lerp_from_end else weight,
-            "beta2": given.beta2,
-            "exp_avg_sq_weight": 1 - given.beta2,
-            "decay": 1 - rate * given.weight_decay,
-            "l2": round_scalar(given.weight_decay, step.operator_format),
-            "learning_rate": rate,
-            "bias_correction1": 1 - given.beta1 ** float(t),
-            "bias_correction2": 1 - given.beta2 ** float(t),
-            "bias_correction2_sqrt": (1 - given.beta2 ** float(t)) ** 0.5,
-            "step_size": -(rate / (1 - given.beta1 ** float(t))),
-            "epsilon": round_scalar(given.epsilon, step.operator_format),
-        }
-        for t, rate in zip(timesteps, given.learning_rate.tolist(), strict=True)
-    ]
-    with np.errstate(over="ignore", under="ignore"):
-        return {name: np.array([row[name] for row in rows]).astype(np.float32) for name in rows[0]}
+    if arithmetic.tail == "tensor":
+        lanes = 256 // storage.width  # the kernel has an AVX2 form only
+        return (elements >= parameter_size - parameter_size % lanes).astype(np.uint8)
+    return chunk_tails(elements, parameter_size, threads)
 
 
-#: Magnitudes of scalars for which `Step.strays` is sound, as powers of two, and whether zero is one of them.
-_ORDINARY_SCALARS = {
-    "exp_avg_weight": (-20, 0, False),
-    "beta2": (-10, 0, False),
-    "exp_avg_sq_weight": (-16, 0, False),
-    "decay": (-2, 2, False),
-    "l2": (-40, 4, True),
-    "learning_rate": (-40, 4, True),
-    "bias_correction1": (-10, 0, False),
-    "bias_correction2": (-10, 0, False),
-    "bias_correction2_sqrt": (-10, 0, False),
-    "step_size": (-40, 4, True),
-    "epsilon": (-40, 4, True),
-}
-
-
-def ordinary(scalars: Scalars) -> bool:
-    """Tell whether all scalars are of the sizes that `Step.strays` counts on."""
-    for name, (low, high, zero) in _ORDINARY_SCALARS.items():
-        size = np.abs(scalars[name])
-        within = (size >= np.float32(2.0**low)) & (size <= np.float32(2.0**high))
-        if not np.all(within | ((size == 0) & zero)):
-            return False
-    return True
-
-
-def scalar_rule_elements(
+def chunk_tails(
     elements: NDArray[np.integer], parameter_size: int, threads: int
 ) -> NDArray[np.uint8]:
-    """Mark the elements that PyTorch's CPU kernels compute outside their vectorised loop.
+    """Mark the elements that PyTorch's CPU operators compute outside their vectorised loop.
 
     ATen gives each of k = min(threads, ceil(n / 32768)) threads a chunk of ceil(n / k) elements when the
     tensor has at least 32,768, and vectorises blocks of 32 16-bit elements from each chunk's start (the
@@ -295,98 +523,3 @@ def scalar_rule_elements(
     start = elements // length * length
     own_length = np.minimum(length, parameter_size - start)
     return (elements - start >= own_length - own_length % block).astype(np.uint8)
-
-
-def _gradient(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """Return the gradient that the moments see: negated for `maximize`, with L2 decay added."""
-    gradient = ops.negate(x["grad"]) if step.maximize else x["grad"]
-    if step.decay != "l2":
-        return gradient
-    return _l2_gradient(step, ops, s, gradient, x)
-
-
-def _l2_gradient(
-    step: Step, ops: Operations, s: Mapping[str, Value], gradient: Value, x: Tensors
-) -> Value:
-    """Compute `grad.add(param, alpha=weight_decay)`.
-
-    The vectorised loop rounds once (a product of two 16-bit values is exact in float32); the scalar loop
-    of 16-bit formats rounds the product to the storage format first. In float32 both are fused.
-    """
-    fused = ops.fma(s["l2"], x["param"], gradient)
-    if step.operator_format is FLOAT32:
-        return fused
-    product = ops.round_to(ops.multiply(s["l2"], x["param"]), step.operator_format)
-    scalar = ops.round_to(ops.add(gradient, product), step.operator_format)
-    return ops.where(x["scalar_rule"] != 0, scalar, ops.round_to(fused, step.operator_format))
-
-
-def _exp_avg(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """Interpolate, lerp(m, g, 1 - beta1): fma(w, g - m, m), or from the other end where w >= 0.5."""
-    gradient = _gradient(step, ops, s, x)
-    start = gradient if step.lerp_from_end else x["exp_avg"]
-    change = ops.subtract(gradient, x["exp_avg"])
-    return ops.round_to(ops.fma(s["exp_avg_weight"], change, start), step.operator_format)
-
-
-def _exp_avg_sq(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """Decay v by beta2, then addcmul(v, g, g, value=1 - beta2): fma(value * g, g, v)."""
-    gradient = _gradient(step, ops, s, x)
-    decayed = ops.round_to(ops.multiply(x["exp_avg_sq"], s["beta2"]), step.operator_format)
-    scaled = ops.multiply(s["exp_avg_sq_weight"], gradient)
-    return ops.round_to(ops.fma(scaled, gradient, decayed), step.operator_format)
-
-
-def _param(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> Value:
-    """Compute the new weight from the old one and both new moments."""
-    weight = x["param"]
-    if step.decay == "decoupled":
-        weight = ops.round_to(ops.multiply(weight, s["decay"]), step.operator_format)
-    updates: dict[str, Callable] = {
-        "bias-corrected denominator": _update_by_denominator,
-        "bias-corrected moments": _update_by_moments,
-    }
-    change = updates[step.arithmetic.update](step, ops, s, x["new_exp_avg"], x["new_exp_avg_sq"])
-    return ops.round_to(ops.add(weight, change), step.param_format)
-
-
-def _update_by_denominator(
-    step: Step, ops: Operations, s: Mapping[str, Value], first: Value, second: Value
-) -> Value:
-    """PyTorch's order: (step_size * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps), `addcdiv` unfused."""
-    root = ops.round_to(ops.sqrt(second), step.operator_format)
-    root = ops.round_to(ops.divide(root, s["bias_correction2_sqrt"]), step.operator_format)
-    denominator = ops.round_to(ops.add(root, s["epsilon"]), step.operator_format)
-    return ops.divide(ops.multiply(s["step_size"], first), denominator)
-
-
-def _update_by_moments(
-    step: Step, ops: Operations, s: Mapping[str, Value], first: Value, second: Value
-) -> Value:
-    """The textbook's order: -(lr * m_hat) / (sqrt(v_hat) + eps)."""
-    corrected = ops.multiply(s["learning_rate"], ops.divide(first, s["bias_correction1"]))
-    root = ops.sqrt(ops.divide(second, s["bias_correction2"]))
-    return ops.negate(ops.divide(corrected, ops.add(root, s["epsilon"])))
-
-
-def _pattern_of_power(exponent: int) -> np.uint32:
-    """Return the float32 pattern of 2^exponent."""
-    return np.uint32((127 + exponent) << 23)
-
-
-def _magnitude(patterns: Value) -> Value:
-    return patterns & np.uint32(0x7FFFFFFF)
-
-
-def _outside(patterns: Value, low: int, high: int) -> Mask:
-    """Mark float32 patterns that are neither zero nor within 2^low..2^high in magnitude."""
-    # Zero wraps around to the largest integer, and is not below the bound.
-    magnitude = _magnitude(patterns)
-    below = magnitude - np.uint32(1) < _pattern_of_power(low) - np.uint32(1)
-    return below | (magnitude > _pattern_of_power(high))
-
-
-def _outside_positive(patterns: Value, low: int, high: int) -> Mask:
-    """As `_outside`, with every pattern of the negative side marked (-0 included)."""
-    below = patterns - np.uint32(1) < _pattern_of_power(low) - np.uint32(1)
-    return below | (patterns > _pattern_of_power(high))

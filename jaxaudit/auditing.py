@@ -16,12 +16,12 @@ import xarray as xr
 
 from jaxaudit import results
 from jaxaudit.accounting import Accountant, Tables
-from jaxaudit.arithmetics import STAGES
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, token_groups_of
 from jaxaudit.safetensors_file import FileError
+from jaxaudit.steps import STAGES
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 #: Told after each window: bytes of the recording done, and bytes in all.
@@ -69,7 +69,7 @@ def audit(
         candidates = choose(bench, arithmetics)
         tables = Tables(recording, groups, [c.arithmetic.name for c in candidates], steps)
         accountant = Accountant(bench, tables, candidates)
-        if bench.free_running and steps[0] > 1:
+        if steps[0] > 1 and any(bench.hidden(candidate) for candidate in candidates):
             for window in bench.windows((1, steps[0])):
                 accountant.run_up(window)
         done, total = 0, bench.bytes(steps)
@@ -140,9 +140,13 @@ def _provenance(
         "arithmetics": _json(
             {
                 c.arithmetic.name: {
-                    "formula": c.arithmetic.formula,
+                    "formula": c.arithmetic.text,
                     "source": c.arithmetic.source,
+                    "confirmed": c.arithmetic.confirmed or "not yet confirmed on hardware",
+                    "variant": c.arithmetic.variant,
                     "options": dataclasses.asdict(c.options),
+                    "hyperparameters": c.given.differences(given) if given else {},
+                    "uncertain_scalars_settled": len(bench.nudges.get(c, {})),
                 }
                 for c in candidates
             }
@@ -155,7 +159,7 @@ def _provenance(
         "state_precision": _state_precision(recording, dataset),
         "backend": bench.device.platform,
         "device": bench.device.device_kind,
-        "self_test": _json(bench.self_tests()),
+        "self_test": _json(bench.replayer.self_tests()),
         "jax_version": jax.__version__,
         "jaxlib_version": metadata.version("jaxlib"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

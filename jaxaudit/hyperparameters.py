@@ -8,6 +8,36 @@ from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCount:
+    """Which count each recorded step has in the bias corrections.
+
+    Attributes:
+        first: count of the recording's first step; more than 1 where a run was resumed.
+        limit: count that a step counter of low precision never exceeds (256 in bfloat16: 256 + 1 rounds
+            back to 256); None where it counts on.
+        corrects: whether moments are corrected for their bias at all.
+    """
+
+    first: int = 1
+    limit: int | None = None
+    corrects: bool = True
+
+    def at(self, timestep: int) -> float:
+        """Return the count at a timestep of the recording, from 1; infinite without bias correction."""
+        if not self.corrects:
+            return float("inf")
+        count = timestep + self.first - 1
+        return float(count if self.limit is None else min(count, self.limit))
+
+    def describe(self) -> str:
+        """Say it in words."""
+        if not self.corrects:
+            return "no bias correction"
+        limited = "" if self.limit is None else f", stuck at {self.limit:,}"
+        return f"counted from {self.first:,}{limited}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Hyperparameters:
     """What Adam was given, in double precision.
 
@@ -17,6 +47,11 @@ class Hyperparameters:
         beta2: decay of the second moment.
         epsilon: added to the root of the second moment.
         weight_decay: decoupled or coupled (L2), as the optimizer applies it.
+        corrected_beta2: beta2 of the bias correction, where that is another number than the decay's (a
+            beta2 that was rounded on its way to the second moment only); None for the same.
+        count: the step counts of the bias corrections.
+        exact_rate: the learning rate is the very double that the trainer used. Where only a float32 is
+            known, and the trainer's double was no short decimal, what is computed from it can be an ulp off.
         origin: for each name above, where its value came from.
     """
 
@@ -25,6 +60,9 @@ class Hyperparameters:
     beta2: float
     epsilon: float
     weight_decay: float
+    corrected_beta2: float | None = None
+    count: StepCount = StepCount()
+    exact_rate: bool = True
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, dict[str, object]]:
@@ -38,6 +76,18 @@ class Hyperparameters:
             name: {"value": value, "origin": self.origin.get(name, "given")}
             for name, value in values.items()
         }
+
+    def differences(self, stored: "Hyperparameters") -> dict[str, object]:
+        """Name what is used here instead of what was stored, by name."""
+        names = ("beta1", "beta2", "weight_decay", "corrected_beta2")
+        found: dict[str, object] = {
+            name: getattr(self, name)
+            for name in names
+            if getattr(self, name) != getattr(stored, name)
+        }
+        if self.count != stored.count:
+            found["step_count"] = self.count.describe()
+        return found
 
 
 def double_of_float32(stored: np.float32) -> tuple[float, bool]:

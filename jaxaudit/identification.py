@@ -1,23 +1,222 @@
-"""Which arithmetic a recording was made with: candidates are tried on a few windows."""
+"""Which arithmetic a recording was made with, from its bits alone.
+
+Every arithmetic of the catalogue, under every option that the metadata leave open, is tried on a few elements of
+early, middle and late timesteps (`probing`). A candidate that gets one bit wrong is out; the others must replay
+the whole recording. Where nothing fits with the stored hyperparameters, those are tried that users are known to
+end up with unknowingly: rounded betas, step counts that are stuck or go on from an earlier run, no bias
+correction, learning rates of the neighbouring row.
+"""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import xarray as xr
 
 from jaxaudit import results
-from jaxaudit.arithmetics import CATALOGUE, STAGES, Arithmetic, Options, Stage
+from jaxaudit.arithmetics import (
+    CATALOGUE,
+    VARIANTS,
+    Arithmetic,
+    Options,
+    depends_on_tail,
+)
 from jaxaudit.devices import Backend, find_device
-from jaxaudit.floats import FLOAT32
-from jaxaudit.recording import Recording, Window
+from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, round_scalar
+from jaxaudit.hyperparameters import StepCount
+from jaxaudit.probing import Probe, probe, scattered
+from jaxaudit.recording import Recording
 from jaxaudit.safetensors_file import FileError
+from jaxaudit.steps import STAGES, Stage
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 #: Replayed beside the identified arithmetic: what the first analyses of such runs assumed.
 USUAL_ASSUMPTION = "float32-then-bfloat16"
+
+#: Elements of each timestep of a probe.
+_ELEMENTS = 1 << 12
+
+#: Timesteps of the probe from the start, for what was not recorded.
+_RUN = 24
+
+#: Step counts that are tried for a resumed run.
+_COUNTS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """How well a candidate does.
+
+    Attributes:
+        candidate: the best of its name.
+        mismatches: by stage; None where the stage cannot be audited.
+        compared: elements of each audited stage.
+    """
+
+    candidate: Candidate
+    mismatches: dict[Stage, int | None]
+    compared: int
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether something was audited, and nothing differs."""
+        audited = [count for count in self.mismatches.values() if count is not None]
+        return bool(audited) and not any(audited)
+
+    @property
+    def share(self) -> float:
+        """Return the share of mismatches among all compared values; 1 where nothing was."""
+        audited = [count for count in self.mismatches.values() if count is not None]
+        return sum(audited) / max(1, len(audited) * self.compared) if audited else 1.0
+
+
+class Identifier:
+    """Tries candidates on probes of one recording."""
+
+    def __init__(self, bench: Workbench):
+        self._bench, self._recording = bench, bench.recording
+        self._probes: dict[bool, Probe] = {}
+
+    def rank(self) -> list[Finding]:
+        """Find the best candidate of every name: those that fit first, then by the share of mismatches."""
+        names = list(_conceivable(self._recording))
+        found = [self.best(name) for name in names]
+        if not any(finding.fits for finding in found):
+            found = [self._repaired(finding) for finding in found]
+        return sorted(found, key=lambda finding: (not finding.fits, finding.share))
+
+    def best(self, name: str) -> Finding:
+        """Find the variant and the options of a name under which the fewest bits are wrong."""
+        best: Finding | None = None
+        for candidate in self._candidates(name):
+            finding = self.judge(candidate, best)
+            if finding and (best is None or finding.share < best.share):
+                best = finding
+            if best and best.fits:
+                break
+        assert best is not None
+        return best
+
+    def judge(self, candidate: Candidate, best: Finding | None = None) -> Finding | None:
+        """Count a candidate's mismatches; None as soon as they are more than another's."""
+        stages, probe = self._bench.stages(candidate), self._probe(candidate)
+        counts: dict[Stage, int | None] = dict.fromkeys(STAGES)
+        for stage in stages:
+            counts[stage] = probe.mismatches(candidate, stage)
+            partly = sum(count or 0 for count in counts.values()) / (len(stages) * probe.size)
+            if best and partly > best.share:
+                return None
+        return Finding(candidate, counts, probe.size) if stages or best is None else None
+
+    def diagnose(self, finding: Finding) -> str:
+        """Say at which stage and operation the bits first part, by altering one point at a time."""
+        candidate, probe = finding.candidate, self._probe(finding.candidate)
+        stage = next((s for s in STAGES if finding.mismatches[s]), None)
+        if stage is None:
+            return ""
+        wrong, step = finding.mismatches[stage] or 0, self._bench.step(candidate)
+        start = f"{stage} differs in {wrong:,} of {finding.compared:,} values"
+        tried = {}
+        for point in step.points(stage):
+            arithmetic = dataclasses.replace(
+                candidate.arithmetic, altered=candidate.arithmetic.altered ^ {point}
+            )
+            altered = dataclasses.replace(candidate, arithmetic=arithmetic)
+            tried[point] = probe.mismatches(altered, stage)
+        point = min(tried, key=lambda p: tried[p], default="")
+        if not point or tried[point] >= wrong:
+            return f"{start}; no single rounding or fusion accounts for it"
+        verb = "accounts for all of it" if not tried[point] else f"leaves {tried[point]:,}"
+        return f"{start}; the other way round, the {point} {verb}"
+
+    def tell_apart(self, one: Finding, other: Finding) -> str:
+        """Describe an element that would come out differently under two candidates that both fit."""
+        a, b = one.candidate, other.candidate
+        probe = self._probe(a)
+        for stage in STAGES:
+            if finding := _separating(probe, a, b, stage, self._bench):
+                return finding
+        return "no element was found that tells them apart"
+
+    def _probe(self, candidate: Candidate) -> Probe:
+        free = bool(self._bench.hidden(candidate))
+        if free not in self._probes:
+            last = min(_RUN, self._recording.steps)
+            timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench)
+            self._probes[free] = probe(self._bench, timesteps, _ELEMENTS)
+        return self._probes[free]
+
+    def _candidates(self, name: str) -> Iterator[Candidate]:
+        given = self._recording.hyperparameters
+        assert given is not None
+        for arithmetic in VARIANTS[name]:
+            if self._recording.storage not in arithmetic.storages and arithmetic.variant:
+                continue
+            for options in _possible_options(self._recording, arithmetic):
+                candidate = Candidate(arithmetic, options, given)
+                yield candidate
+                step = self._bench.step(candidate)
+                if arithmetic.tail == "chunks" and depends_on_tail(arithmetic, step):
+                    for threads in _thread_counts(self._recording):
+                        other = dataclasses.replace(options, threads=threads)
+                        yield dataclasses.replace(candidate, options=other)
+
+    def _repaired(self, finding: Finding) -> Finding:
+        """Look for hyperparameters other than the stored ones under which a candidate's name fits."""
+        best = finding
+        for candidate in self._candidates(finding.candidate.arithmetic.name):
+            for repaired in self._repairs(candidate):
+                judged = self.judge(repaired, best)
+                if judged and judged.share < best.share:
+                    best = judged
+                if best.fits:
+                    return best
+        return best
+
+    def _repairs(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Change the hyperparameters stage by stage: each decides for itself which of them fit."""
+        stages, probe = self._bench.stages(candidate), self._probe(candidate)
+        firsts = [candidate, *_with(candidate, beta1=_roundings(candidate.given.beta1))]
+        if "exp_avg" in stages:
+            firsts = [c for c in firsts if not probe.mismatches(c, "exp_avg")][:1]
+        for first in firsts:
+            seconds = [first, *_with(first, beta2=_roundings(first.given.beta2))]
+            if "exp_avg_sq" in stages:
+                seconds = [c for c in seconds if not probe.mismatches(c, "exp_avg_sq")][:1]
+            for second in seconds:
+                if "param" in stages:
+                    yield from self._param_repairs(second, probe)
+                else:
+                    yield second
+
+    def _param_repairs(self, candidate: Candidate, probe: Probe) -> Iterator[Candidate]:
+        stored, given = self._recording.hyperparameters, candidate.given
+        assert stored is not None
+        betas = [None] if given.beta2 == stored.beta2 else [None, stored.beta2]
+        betas += [x for x in _roundings(given.beta2) if x not in betas]
+        limits = [None, 256, 2048]
+        counts = [dataclasses.replace(given.count, limit=limit) for limit in limits]
+        counts += [StepCount(corrects=False)]
+        rates = [given.learning_rate]
+        if np.unique(rates[0]).size > 1:
+            rates += [
+                np.append(rates[0][:1], rates[0][:-1]),
+                np.append(rates[0][1:], rates[0][-1:]),
+            ]
+        for beta, count, rate in itertools.product(betas, counts, rates):
+            changed = dataclasses.replace(
+                given, corrected_beta2=beta, count=count, learning_rate=rate
+            )
+            yield dataclasses.replace(candidate, given=changed)
+        if not self._bench.hidden(candidate):
+            for count in _fitting_counts(candidate, probe, self._bench):
+                yield dataclasses.replace(
+                    candidate, given=dataclasses.replace(given, count=StepCount(first=count))
+                )
 
 
 def identify(
@@ -25,77 +224,75 @@ def identify(
     *,
     backend: Backend = "auto",
     steps: tuple[int, int] | None = None,
+    confirm: bool = True,
 ) -> xr.Dataset:
-    """Rank the arithmetics by how few bits they get wrong in an early, a middle and a late window.
+    """Rank the arithmetics by how few bits they get wrong.
 
-    Arithmetics whose weights the recording's format cannot hold are left out.
-    Options that the recording's metadata leave open (kind of weight decay, threads) are tried, and those
-    that fit best are kept.
+    Every arithmetic is tried on a few thousand elements of early, middle and late timesteps, under the
+    options that the metadata state and then under all others (kind of weight decay, amsgrad, maximize, 1 to 64
+    threads). Where none fits, other hyperparameters than the stored ones are tried as well. Those that get every
+    bit right must then replay the whole recording.
 
     Args:
         recording: the run.
         backend: where JAX runs.
         steps: range of steps, 1-based, the end not included; by default all.
+        confirm: replay the whole recording under those that fit; else only the few elements count.
 
     Returns:
-        Dataset over `arithmetic`, best first: `mismatch_count` (arithmetic, stage), -1 where a stage cannot
-        be audited; `compared_count`, elements per stage; `options` (JSON); `fits`, 1 where nothing differs.
+        Dataset over `arithmetic`, best first: `mismatch_count` and `mismatch_share` (arithmetic, stage), -1
+        and NaN where a stage cannot be audited; `compared_count`, elements per stage; `fits`, 1 where nothing
+        differs; `confirmed`, 1 where the whole recording was replayed; `options` and `hyperparameters` (JSON;
+        the latter what was used instead of what was stored); `diagnosis`, where the bits first part.
+        `told_apart_by` (arithmetic, other), for each two that fit: an element that would tell.
 
     Raises:
-        FileError: the recording lacks the moments.
+        FileError: there is nothing that could be replayed.
     """
     steps = check_steps(recording, steps)
     device = find_device(backend)
     with jax.enable_x64(True), jax.default_device(device):
         bench = Workbench(recording, device, steps, None)
-        if bench.free_running or not bench.stages():
+        if recording.hyperparameters is None:
             raise FileError(
-                f"{recording.path}: identification needs the moments, momentum_W and variance_W; without "
-                "them, audit the recording under every arithmetic instead."
+                f"{recording.path}: the weights alone tell nothing of the arithmetic; identification needs "
+                "gradients or moments, and the hyperparameters."
             )
-        ranked = _rank(bench)
-    counts = np.array([[count[stage] for stage in STAGES] for _, count, _ in ranked])
-    names = [candidate.arithmetic.name for candidate, _, _ in ranked]
-    return xr.Dataset(
-        {
-            "mismatch_count": (("arithmetic", "stage"), counts.astype(np.int64)),
-            "compared_count": ((), np.int64(ranked[0][2])),
-            "options": (
-                "arithmetic",
-                [json.dumps(dataclasses.asdict(c.options)) for c, _, _ in ranked],
-            ),
-            "fits": ("arithmetic", (counts <= 0).all(axis=1).astype(np.int8)),
-        },
-        {"arithmetic": names, "stage": list(STAGES)},
-    )
+        identifier = Identifier(bench)
+        ranked = identifier.rank()
+        if not any(count is not None for f in ranked for count in f.mismatches.values()):
+            raise FileError(
+                f"{recording.path}: nothing can be replayed. Identification needs gradients, and the moments "
+                "where the recording does not start with the run."
+            )
+        if confirm:
+            ranked = [_confirmed(bench, f) if f.fits else f for f in ranked]
+        return _label(identifier, ranked, confirm)
 
 
 def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
     """Turn what was asked for into arithmetics with options."""
     chosen: list[Candidate] = []
+    identifier = Identifier(bench)
+    if bench.recording.hyperparameters is None:
+        return []
     for name in _listed(wanted):
         if name == "auto":
-            chosen += _identified(bench)
+            chosen += _identified(identifier)
         elif name == "all":
-            chosen += [_with_options(bench, arithmetic) for arithmetic in CATALOGUE.values()]
+            chosen += [identifier.best(each).candidate for each in CATALOGUE]
         else:
-            chosen.append(_with_options(bench, CATALOGUE[name]))
-    return [
-        c for k, c in enumerate(chosen) if c.arithmetic not in [d.arithmetic for d in chosen[:k]]
-    ]
+            chosen.append(identifier.best(name).candidate)
+    names = [c.arithmetic.name for c in chosen]
+    return [c for k, c in enumerate(chosen) if names.index(c.arithmetic.name) == k]
 
 
-def _identified(bench: Workbench) -> list[Candidate]:
+def _identified(identifier: Identifier) -> list[Candidate]:
     """Return the arithmetics that fit the probes, else the nearest one, and the usual assumption."""
-    if not bench.stages():
-        return [Candidate(CATALOGUE[USUAL_ASSUMPTION], Options())]
-    if bench.free_running:  # no window can be tried without those before it
-        first = _possible_options(bench.recording)[0]
-        return [Candidate(arithmetic, first) for arithmetic in _conceivable(bench.recording)]
-    ranked = _rank(bench)
-    fitting = [c for c, counts, _ in ranked if not _total(counts)]
-    usual = [c for c, _, _ in ranked if c.arithmetic.name == USUAL_ASSUMPTION]
-    return (fitting or [ranked[0][0]]) + usual
+    ranked = identifier.rank()
+    fitting = [f.candidate for f in ranked if f.fits]
+    usual = [f.candidate for f in ranked if f.candidate.arithmetic.name == USUAL_ASSUMPTION]
+    return (fitting or [ranked[0].candidate]) + usual
 
 
 def check_names(wanted: str | Sequence[str]) -> None:
@@ -117,84 +314,189 @@ def _listed(wanted: str | Sequence[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
 
 
-def _total(counts: dict[Stage, int]) -> int:
-    """Add up the mismatches of the stages that were audited."""
-    return sum(max(count, 0) for count in counts.values())
+def _conceivable(recording: Recording) -> Iterator[str]:
+    """Name the arithmetics whose weights the recording's format can hold and that it tells from others."""
+    for name, variants in VARIANTS.items():
+        possible = [v for v in variants if recording.storage in v.storages]
+        rounded = variants[0].weight != "float32" or recording.storage is FLOAT32
+        if possible and rounded:
+            yield name
 
 
-def _rank(bench: Workbench) -> list[tuple[Candidate, dict[Stage, int], int]]:
-    """Rank every arithmetic under its best options: (candidate, mismatches by stage, compared)."""
-    ranked = []
-    for arithmetic in _conceivable(bench.recording):
-        _, counts, compared = best = _best_options(bench, arithmetic)
-        ranked.append((_total(counts) / max(compared, 1), best))
-    ranked.sort(key=lambda item: item[0])
-    return [best for _, best in ranked]
-
-
-def _conceivable(recording: Recording) -> list[Arithmetic]:
-    """List the arithmetics whose weights the recording's format can hold."""
-    return [
-        arithmetic
-        for arithmetic in CATALOGUE.values()
-        if arithmetic.param_format == "storage" or recording.storage is FLOAT32
-    ]
-
-
-def _with_options(bench: Workbench, arithmetic: Arithmetic) -> Candidate:
-    options = _possible_options(bench.recording)
-    if len(options) == 1 or not bench.stages() or bench.free_running:
-        return Candidate(arithmetic, options[0])
-    return _best_options(bench, arithmetic)[0]
-
-
-def _best_options(
-    bench: Workbench, arithmetic: Arithmetic
-) -> tuple[Candidate, dict[Stage, int], int]:
-    tried = [
-        _probe(bench, Candidate(arithmetic, options))
-        for options in _possible_options(bench.recording)
-    ]
-    return min(tried, key=lambda item: _total(item[1]))
-
-
-def _possible_options(recording: Recording) -> list[Options]:
-    """List the options that the metadata leave open, the likeliest first."""
+def _possible_options(recording: Recording, arithmetic: Arithmetic) -> list[Options]:
+    """List the options, those that the metadata state first."""
     given, claimed = recording.hyperparameters, recording.metadata.get("optimizer", "").lower()
-    fixed = Options(
-        decoupled=claimed != "adam",
-        amsgrad=bool(recording.flag("amsgrad")),
-        maximize=bool(recording.flag("maximize")),
-        threads=recording.number("num_threads") or 1,
-    )
-    if given is None or given.weight_decay == 0 or claimed == "adamw":
-        return [fixed]
-    coupled = dataclasses.replace(fixed, decoupled=False)
-    stated = recording.number("num_threads")
-    counts = [stated] if stated else [1, 2, 4, 8, 16, 32, 64]
-    if recording.storage is FLOAT32:
-        counts = counts[:1]
-    every = [dataclasses.replace(coupled, threads=count) for count in counts]
-    return every if claimed == "adam" else [fixed, *every]
+    has_max = "max_exp_avg_sq" in recording.formats
+    amsgrads = _stated_first(recording.flag("amsgrad"), has_max, arithmetic.amsgrad)
+    maximizes = _stated_first(recording.flag("maximize"), False, arithmetic.maximize)
+    decays = [kind == "decoupled" for kind in arithmetic.decays]
+    if given is None or given.weight_decay == 0:
+        decays = [True]
+    elif claimed == "adam":
+        decays.sort()
+    threads = recording.number("num_threads") or 1
+    return [
+        Options(decoupled=decoupled, amsgrad=amsgrad, maximize=maximize, threads=threads)
+        for amsgrad, maximize, decoupled in itertools.product(amsgrads, maximizes, decays)
+    ]
 
 
-def _probe(bench: Workbench, candidate: Candidate) -> tuple[Candidate, dict[Stage, int], int]:
-    """Count a candidate's mismatches in an early, a middle and a late window."""
-    counts: dict[Stage, int] = {
-        stage: 0 if stage in bench.stages() else results.NOT_AUDITED for stage in STAGES
+def _thread_counts(recording: Recording) -> list[int]:
+    """List the numbers of threads that split the parameter in different ways, but for the stated one."""
+    _, size = recording.parameter_elements()
+    stated = recording.number("num_threads") or 1
+    most = min(64, -(-size // 32768))  # a tensor below 32,768 elements is not split
+    return [count for count in range(1, most + 1) if count != stated]
+
+
+def _stated_first(stated: bool | None, usual: bool, possible: bool) -> list[bool]:
+    if not possible:
+        return [False]
+    first = usual if stated is None else stated
+    return [first, not first]
+
+
+def _roundings(beta: float) -> list[float]:
+    """List what a beta may have been rounded to on its way."""
+    found = [float(round_scalar(beta, fmt)) for fmt in (FLOAT32, BFLOAT16, FLOAT16)]
+    return [value for k, value in enumerate(found) if value != beta and value not in found[:k]]
+
+
+def _with(candidate: Candidate, **choices: Sequence[Any]) -> list[Candidate]:
+    """Replace one hyperparameter by each of some values."""
+    ((name, values),) = choices.items()
+    return [
+        dataclasses.replace(candidate, given=dataclasses.replace(candidate.given, **{name: value}))
+        for value in values
+    ]
+
+
+def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> list[int]:
+    """Find the counts that the recording's first step can have had, the roundest first.
+
+    A resumed run goes on counting where it was; the recording starts anew at 1. Counts are tried on the
+    elements of the probe's first timestep, fewer and fewer, and then on all of it.
+    """
+    t = probe.timesteps[0]
+    counts = np.arange(1, _COUNTS + 1)
+    x = probe.inputs(candidate, "param")
+    # Candidates of the same scalars are alike: only the first of them is evaluated.
+    many = [dataclasses.replace(candidate.given, count=StepCount(first=1)) for _ in range(1)][0]
+    rates = np.full(counts.size, candidate.given.learning_rate[t - 1])
+    from jaxaudit.scalars import scalars_of
+
+    step = bench.step(candidate)
+    given = dataclasses.replace(many, learning_rate=rates)
+    scalars = scalars_of(step, candidate.arithmetic.rule, given, counts.tolist())
+    table = np.stack([scalars[name] for name in sorted(scalars)], axis=1)
+    _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    alive = np.arange(first.size)
+    depends = depends_on_tail(candidate.arithmetic, step)
+    tail = probe.tail(candidate, step) if depends else np.zeros(probe.positions.size, np.uint8)
+    for part in np.array_split(
+        np.arange(probe.positions.size), max(1, probe.positions.size // 128)
+    ):
+        if not alive.size:
+            return []
+        chosen = {name: values[first[alive]] for name, values in scalars.items()}
+        values = {name: v[:1, part] for name, v in x.items()} | {"tail": tail[part]}
+        found = probe.replay(step, "param", chosen, values)
+        wanted = probe.recorded("param")[:1, part]
+        same = np.ascontiguousarray(found).view(np.uint32) == wanted.copy().view(np.uint32)
+        alive = alive[(same | (np.isnan(found) & np.isnan(wanted))).all(axis=1)]
+    possible = counts[np.isin(inverse.reshape(-1), alive)] - t + 1
+    return sorted(possible[possible >= 1].tolist(), key=_roundness)[:64]
+
+
+def _roundness(first: int) -> tuple[int, int]:
+    """Order counts by how round the number of steps before them is."""
+    before = first - 1
+    zeros = len(str(before)) - len(str(before).rstrip("0")) if before else 99
+    return -zeros, first
+
+
+def _separating(
+    probe: Probe, a: Candidate, b: Candidate, stage: Stage, bench: Workbench
+) -> str | None:
+    """Look for inputs near the recorded ones that two candidates turn into different bits."""
+    if stage not in bench.stages(a) or stage not in bench.stages(b):
+        return None
+    rng = np.random.default_rng(5)
+    x, y = probe.inputs(a, stage), probe.inputs(b, stage)
+    one, other = bench.step(a), bench.step(b)
+    reads = one.reads(stage)
+    for _ in range(32):
+        # Recorded values in new combinations: what another element, or another run, could have held.
+        order = {
+            name: rng.permutation(probe.positions.size) for name in {*reads, *other.reads(stage)}
+        }
+        mixed = {name: x[name][:, order[name]] for name in order if name in x}
+        also = {name: y[name][:, order[name]] for name in order if name in y}
+        tails = {"tail": np.zeros(probe.positions.size, np.uint8)}
+        found = probe.replay(one, stage, probe.scalars(a), mixed | tails)
+        wanted = probe.replay(other, stage, probe.scalars(b), also | tails)
+        differ = (found != wanted) & ~(np.isnan(found) & np.isnan(wanted))
+        if differ.any():
+            k, i = np.argwhere(differ)[0]
+            inputs = ", ".join(f"{name} {mixed[name][k, i]:.9g}" for name in reads)
+            return (
+                f"{stage} at timestep {probe.timesteps[k]} of an element with {inputs}: "
+                f"{found[k, i]:.9g} under {a.arithmetic.name}, {wanted[k, i]:.9g} under {b.arithmetic.name}"
+            )
+    return None
+
+
+def _confirmed(bench: Workbench, finding: Finding) -> Finding:
+    """Count a candidate's mismatches over the whole recording."""
+    candidate, compared = finding.candidate, 0
+    counts: dict[Stage, int | None] = {
+        stage: 0 if stage in bench.stages(candidate) else None for stage in STAGES
     }
-    compared = 0
-    for window in _probe_windows(bench):
-        arrays = bench.put(window)
-        for stage in bench.stages():
+    start = 1 if bench.hidden(candidate) else bench.steps[0]
+    for window in bench.windows((start, bench.steps[1])):
+        arrays = bench.with_hidden(candidate, window, bench.put(window))
+        for stage in bench.stages(candidate):
             flags, _ = bench.flags(candidate, stage, window, arrays)
-            counts[stage] += int(np.count_nonzero(flags))
-        compared += window.steps * next(iter(arrays.values())).shape[1]
-    return candidate, counts, compared
+            counts[stage] = (counts[stage] or 0) + int(np.count_nonzero(flags))
+        compared += window.steps * (window.rows[1] - window.rows[0]) * bench.recording.width
+    return Finding(candidate, counts, compared)
 
 
-def _probe_windows(bench: Workbench) -> Iterator[Window]:
-    start, stop = bench.steps
-    firsts = {start, (start + stop - bench.length) // 2, stop - bench.length}
-    for first in sorted(firsts):
-        yield from bench.windows((first, first + bench.length))
+def _label(identifier: Identifier, ranked: list[Finding], confirm: bool) -> xr.Dataset:
+    stored = ranked[0].candidate.given if not ranked else identifier._recording.hyperparameters
+    assert stored is not None
+    ranked = sorted(ranked, key=lambda f: (not f.fits, f.share))
+    counts = [[f.mismatches[stage] for stage in STAGES] for f in ranked]
+    names = [f.candidate.arithmetic.name for f in ranked]
+    numbers = np.array([[results.NOT_AUDITED if c is None else c for c in row] for row in counts])
+    compared = np.array([f.compared for f in ranked], np.int64)
+    share = np.where(numbers < 0, np.nan, numbers / np.maximum(compared, 1)[:, None])
+    apart = [
+        [identifier.tell_apart(a, b) if a is not b and a.fits and b.fits else "" for b in ranked]
+        for a in ranked
+    ]
+    over = "arithmetic"
+    return xr.Dataset(
+        {
+            "mismatch_count": ((over, "stage"), numbers.astype(np.int64)),
+            "mismatch_share": ((over, "stage"), share),
+            "compared_count": (over, compared),
+            "fits": (over, np.array([f.fits for f in ranked], np.int8)),
+            "confirmed": (over, np.array([f.fits and confirm for f in ranked], np.int8)),
+            "options": (over, [describe_options(f.candidate) for f in ranked]),
+            "hyperparameters": (
+                over,
+                [json.dumps(f.candidate.given.differences(stored)) for f in ranked],
+            ),
+            "diagnosis": (over, [identifier.diagnose(f) for f in ranked]),
+            "told_apart_by": ((over, "other"), apart),
+        },
+        {over: names, "stage": list(STAGES), "other": names},
+    )
+
+
+def describe_options(candidate: Candidate) -> str:
+    """Return a candidate's options as JSON, with its variant."""
+    return json.dumps(
+        dataclasses.asdict(candidate.options) | {"variant": candidate.arithmetic.variant}
+    )

@@ -2,8 +2,8 @@
 
 A step of an optimizer is written once, in terms of the operations below, and runs under three of them:
 
-* `Float32Operations`: XLA's own float32 instructions. Fast, and exact as long as no operand and no result
-  is subnormal, infinite or NaN (XLA:CPU flushes subnormals to zero). The caller proves that beforehand.
+* `Float32Operations`: XLA's own float32 instructions. Fast, and exact where no operand and no result is
+  subnormal (XLA:CPU flushes these to zero); it marks the elements at which one was met.
 * `Float64Operations`: float32 arithmetic carried out in float64 and in integers, exact for every bit
   pattern on every device whose float64 is IEEE 754. Several times slower.
 * `NumpyOperations`: the host's float32, which XLA and its rewrites never touch: the oracle of the self-test.
@@ -19,6 +19,7 @@ What XLA would do to the same formulas, and what stands against it here:
   Rounding is `lax.reduce_precision` or integer arithmetic, which no pass removes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -30,6 +31,7 @@ from jax import lax
 from jaxaudit import floats
 from jaxaudit.devices import Device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
+from jaxaudit.mkl_sqrt import reciprocal_root_steps
 
 #: A NumPy or JAX array; each class of operations says which.
 Value = Any
@@ -53,8 +55,18 @@ class Operations(Protocol):
     def multiply(self, a: Value, b: Value) -> Value: ...
     def divide(self, a: Value, b: Value) -> Value: ...
     def sqrt(self, a: Value) -> Value: ...
+    def mkl_amd_sqrt(self, a: Value) -> Value: ...
     def fma(self, a: Value, b: Value, c: Value) -> Value: ...
     def where(self, mask: Mask, a: Value, b: Value) -> Value: ...
+    def less(self, a: Value, b: Value) -> Mask: ...
+    def is_nan(self, a: Value) -> Mask: ...
+
+    # Arithmetic in double, for implementations that leave some of it there: each operation rounds to float64.
+    def wide(self, a: Value) -> Value: ...
+    def narrow(self, a: Value) -> Value: ...
+    def wide_add(self, a: Value, b: Value) -> Value: ...
+    def wide_multiply(self, a: Value, b: Value) -> Value: ...
+    def wide_fma(self, a: Value, b: Value, c: Value) -> Value: ...
 
 
 class NumpyOperations:
@@ -98,6 +110,9 @@ class NumpyOperations:
         with np.errstate(all="ignore"):
             return np.sqrt(a, dtype=np.float32)
 
+    def mkl_amd_sqrt(self, a: Value) -> Value:
+        return _mkl_amd_sqrt(self, a, np.take)
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """Round a * b + c once: exact product, sum rounded to odd in float64, then to float32.
 
@@ -115,21 +130,78 @@ class NumpyOperations:
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return np.where(mask, a, b)
 
+    def less(self, a: Value, b: Value) -> Mask:
+        return np.less(a, b)
+
+    def is_nan(self, a: Value) -> Mask:
+        return np.isnan(a)
+
+    def wide(self, a: Value) -> Value:
+        return np.asarray(a, np.float64)
+
+    def narrow(self, a: Value) -> Value:
+        with np.errstate(all="ignore"):
+            return np.asarray(a).astype(np.float32)
+
+    def wide_add(self, a: Value, b: Value) -> Value:
+        with np.errstate(all="ignore"):
+            return np.add(a, b, dtype=np.float64)
+
+    def wide_multiply(self, a: Value, b: Value) -> Value:
+        with np.errstate(all="ignore"):
+            return np.multiply(a, b, dtype=np.float64)
+
+    def wide_fma(self, a: Value, b: Value, c: Value) -> Value:
+        with np.errstate(all="ignore"):
+            return _wide_fma(
+                a,
+                b,
+                c,
+                lambda x: x,
+                lambda x: np.asarray(x, np.float64).view(np.int64),
+                lambda x: np.asarray(x, np.int64).view(np.float64),
+                np.where,
+            )
+
 
 class Float32Operations:
     """XLA's float32 instructions; values are float32 JAX arrays.
 
-    Exact while every operand and result is zero or normal and finite.
+    Exact unless a subnormal number is met, as an operand or as the exact result of an operation; where that
+    happened `strays` says, element by element. XLA:CPU takes subnormal operands for zero and returns zero for
+    a subnormal result. What was decoded is looked at once, and each result where it is zero: marked unless it
+    must be. (A sum that cancels exactly within a fused multiply-add is marked without need.)
 
     Args:
         zero: a uint32 scalar that is 0 at run time and unknown to the compiler.
+
+    Attributes:
+        strays: mask of the elements at which a subnormal number was met, so far; False for none.
     """
 
     def __init__(self, zero: jax.Array):
         self._zero = zero
+        self.strays: Any = False
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
         return _float(widen_patterns(patterns, fmt))
+
+    def watch(self, value: Value) -> Value:
+        """Mark what is subnormal, infinite or NaN in an operand or in a last result."""
+        # Zero wraps around to the largest integer; a special value's exponent is beyond all others.
+        magnitude = (_bits(value) << 1) - np.uint32(1)
+        self._mark(magnitude < np.uint32((1 << 24) - 1))
+        self._mark((_bits(value) & np.uint32(FLOAT32.infinity)) == np.uint32(FLOAT32.infinity))
+        return value
+
+    def _mark(self, stray: Mask) -> None:
+        self.strays = stray | self.strays
+
+    def _mark_zero(self, result: Value, *expected: Mask) -> Value:
+        """Mark where a result is zero without one of the reasons that it may have."""
+        reason = functools.reduce(lambda a, b: a | b, expected)
+        self._mark(_is_zero(result) & ~reason)
+        return result
 
     def encode(self, value: Value, fmt: Format) -> Value:
         return _narrow(_bits(self.round_to(value, fmt)), fmt)
@@ -149,26 +221,56 @@ class Float32Operations:
         return _float(_bits(a) ^ np.uint32(FLOAT32.sign_bit))
 
     def add(self, a: Value, b: Value) -> Value:
-        return a + b
+        opposite = _bits(a) == (_bits(b) ^ np.uint32(FLOAT32.sign_bit))
+        return self._mark_zero(a + b, opposite, _is_zero(a) & _is_zero(b))
 
     def subtract(self, a: Value, b: Value) -> Value:
-        return a - b
+        return self._mark_zero(a - b, _bits(a) == _bits(b), _is_zero(a) & _is_zero(b))
 
     def multiply(self, a: Value, b: Value) -> Value:
-        return _float(_bits(a * b) ^ self._zero)
+        return self._mark_zero(self._guarded(a * b), _is_zero(a), _is_zero(b))
 
     def divide(self, a: Value, b: Value) -> Value:
-        return a / b
+        # A look at an unguarded quotient would keep LLVM from vectorising the division.
+        return self._mark_zero(self._guarded(a / b), _is_zero(a), _is_infinite(b))
 
     def sqrt(self, a: Value) -> Value:
         return jnp.sqrt(a)
 
+    def mkl_amd_sqrt(self, a: Value) -> Value:
+        return _mkl_amd_sqrt(self, a, _take)
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """Round a * b + c once, where the target has a fused multiply-add (the self-test finds out)."""
-        return a * b + c
+        return self._mark_zero(a * b + c, _is_zero(c) & (_is_zero(a) | _is_zero(b)))
 
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return jnp.where(mask, a, b)
+
+    def less(self, a: Value, b: Value) -> Mask:
+        return a < b
+
+    def is_nan(self, a: Value) -> Mask:
+        return jnp.isnan(a)
+
+    def wide(self, a: Value) -> Value:
+        return a.astype(jnp.float64)
+
+    def narrow(self, a: Value) -> Value:
+        return self._mark_zero(a.astype(jnp.float32), a == 0)
+
+    def wide_add(self, a: Value, b: Value) -> Value:
+        return a + b
+
+    def wide_multiply(self, a: Value, b: Value) -> Value:
+        return _guarded64(a * b, self._zero)
+
+    def wide_fma(self, a: Value, b: Value, c: Value) -> Value:
+        return a * b + c
+
+    def _guarded(self, value: Value) -> Value:
+        """Return a value that the compiler cannot connect with the operation that it came from."""
+        return _float(_bits(value) ^ self._zero)
 
 
 class Float64Operations:
@@ -178,7 +280,13 @@ class Float64Operations:
     a float64 result to float32 a second time is innocuous for + - * / and sqrt (53 >= 2 * 24 + 2; a
     subnormal quotient of float32 values lies at least 2^-49 of itself from any midpoint, a subnormal
     product or sum is exact in float64). Source: Figueroa, "When is double rounding innocuous?", 1995.
+
+    Args:
+        zero: a uint32 scalar that is 0 at run time and unknown to the compiler.
     """
+
+    def __init__(self, zero: jax.Array):
+        self._zero = zero
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
         return _float64_of_bits(widen_patterns(patterns, fmt))
@@ -215,6 +323,9 @@ class Float64Operations:
     def sqrt(self, a: Value) -> Value:
         return _round64(jnp.sqrt(a))
 
+    def mkl_amd_sqrt(self, a: Value) -> Value:
+        return _mkl_amd_sqrt(self, a, _take)
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """Round a * b + c once: the product is exact in float64, the sum is rounded to odd there."""
         total, error = _two_sum(a * b, c)
@@ -229,10 +340,38 @@ class Float64Operations:
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return jnp.where(mask, a, b)
 
+    def less(self, a: Value, b: Value) -> Mask:
+        return a < b
+
+    def is_nan(self, a: Value) -> Mask:
+        return jnp.isnan(a)
+
+    def wide(self, a: Value) -> Value:
+        return a
+
+    def narrow(self, a: Value) -> Value:
+        return _round64(a)
+
+    def wide_add(self, a: Value, b: Value) -> Value:
+        return a + b
+
+    def wide_multiply(self, a: Value, b: Value) -> Value:
+        return _guarded64(a * b, self._zero)
+
+    def wide_fma(self, a: Value, b: Value, c: Value) -> Value:
+        """Round a * b + c to float64 once, from products and sums that are each guarded."""
+        return _wide_fma(
+            a, b, c,
+            lambda x: _guarded64(x, self._zero),
+            lambda x: lax.bitcast_convert_type(x, jnp.int64),
+            lambda x: lax.bitcast_convert_type(x, jnp.float64),
+            jnp.where,
+        )  # fmt: skip
+
 
 def operations_of(formulation: Formulation, zero: jax.Array) -> Operations:
     """Return XLA's operations in a formulation; `zero` as for `Float32Operations`."""
-    return Float32Operations(zero) if formulation == "float32" else Float64Operations()
+    return Float32Operations(zero) if formulation == "float32" else Float64Operations(zero)
 
 
 def compile_exactly(function: Callable, device: Device) -> Callable:
@@ -245,6 +384,39 @@ def compile_exactly(function: Callable, device: Device) -> Callable:
     return jax.jit(function, compiler_options=options)
 
 
+def _mkl_amd_sqrt(ops: Operations, a: Value, take: Callable[[Value, Value], Value]) -> Value:
+    """Take the square root as Intel's MKL does on AMD processors: not correctly rounded.
+
+    With an estimate y of 1 / sqrt(x), every operation rounded to float32 and none fused:
+
+        s = x * y;  h = y / 2;  e = 1/2 - s * h;  s = s * e + s;  h = h * e + h;  r = (x - s * s) * h + s
+
+    MKL takes the correctly rounded root where x is zero, subnormal, infinite, NaN, negative, or one of
+    the 4096 largest numbers. Elsewhere the formula commutes with factors of 4 in x: it is evaluated on
+    [1, 4), where no intermediate result is subnormal.
+
+    Source: the kernel `sSqrt_EXHAynn` of MKL 2024.2, which is not documented; this restatement agrees
+    with it for every pattern (`scripts/prove_square_root.py`). `mkl_sqrt` has the estimate.
+    """
+    bits = ops.patterns32(a)
+    fraction = (bits - 0x3F800000) & 0x00FFFFFF
+    estimate = take(reciprocal_root_steps(), fraction >> 11).astype(np.uint32)
+    x = ops.decode(fraction + 0x3F800000, FLOAT32)
+    y = ops.decode((estimate << 11) + 0x3F000000, FLOAT32)
+    s, h, half = ops.multiply(x, y), ops.multiply(y, np.float32(0.5)), np.float32(0.5)
+    e = ops.subtract(half, ops.multiply(s, h))
+    s, h = ops.add(ops.multiply(s, e), s), ops.add(ops.multiply(h, e), h)
+    r = ops.add(ops.multiply(ops.subtract(x, ops.multiply(s, s)), h), s)
+    # Half of the exponent that was taken off; the bias keeps it from becoming negative.
+    scaled = ops.patterns32(r) + ((bits - fraction) >> 1) - (0x3F800000 >> 1)
+    refined = bits - 0x00800000 < 0x7F7FF000 - 0x00800000
+    return ops.where(refined, ops.decode(scaled, FLOAT32), ops.sqrt(a))
+
+
+def _take(table: Value, index: Value) -> Value:
+    return jnp.take(jnp.asarray(table), index, mode="clip")  # without the test for bounds
+
+
 def _two_sum(a: Value, b: Value) -> tuple[Value, Value]:
     """Return the rounded sum and its exact rounding remainder (Knuth)."""
     total = a + b
@@ -252,9 +424,63 @@ def _two_sum(a: Value, b: Value) -> tuple[Value, Value]:
     return total, (a - (total - rest)) + (b - rest)
 
 
+def _guarded64(value: Value, zero: Value) -> Value:
+    """Return a float64 value that the compiler cannot connect with the operation that it came from."""
+    bits = lax.bitcast_convert_type(value, jnp.uint64) ^ zero.astype(jnp.uint64)
+    return lax.bitcast_convert_type(bits, jnp.float64)
+
+
+def _wide_fma(
+    a: Value,
+    b: Value,
+    c: Value,
+    guarded: Callable[[Value], Value],
+    to_bits: Callable[[Value], Value],
+    from_bits: Callable[[Value], Value],
+    where: Callable[[Mask, Value, Value], Value],
+) -> Value:
+    """Round a * b + c to float64 once.
+
+    The product and its rounding error (Dekker), added to c with its error (Knuth): the sum of both errors is
+    rounded to odd before it is added, so that the last rounding is that of the exact sum (Boldo and
+    Melquiond, as in `NumpyOperations.fma`). Exact for normal results and products within 2^+-900, where the
+    error of the product is no subnormal number; beyond, and for infinities and NaNs, the plain expression.
+    """
+
+    def split(x: Value) -> tuple[Value, Value]:
+        large = guarded(x * 134217729.0)
+        high = large - guarded(large - x)
+        return high, x - high
+
+    def product(x: Value, y: Value) -> Value:
+        return guarded(x * y)
+
+    high = product(a, b)
+    (a1, a2), (b1, b2) = split(a), split(b)
+    low = ((product(a1, b1) - high) + product(a1, b2) + product(a2, b1)) + product(a2, b2)
+    upper, upper_error = _two_sum(c, low)
+    total, total_error = _two_sum(high, upper)
+    rest, rest_error = _two_sum(upper_error, total_error)
+    bits = to_bits(rest)
+    odd = (rest_error != 0) & (bits & 1 == 0)
+    step = where((rest_error > 0) == (bits >= 0), 1, -1)
+    exact = total + from_bits(where(odd, bits + step, bits))
+    plain = high + c
+    usual = (abs(plain) < 2.0**900) & (abs(high) < 2.0**900) & (abs(high) > 2.0**-900)
+    return where(usual & (abs(a) < 2.0**900) & (abs(b) < 2.0**900), exact, plain)
+
+
 def narrow_patterns(patterns: Value, fmt: Format) -> Value:
     """Round float32 patterns to patterns of `fmt`, to nearest with ties to even."""
     return _narrow(_round_bits(patterns, fmt), fmt)
+
+
+def _is_zero(value: Value) -> Mask:
+    return _bits(value) << 1 == 0
+
+
+def _is_infinite(value: Value) -> Mask:
+    return _bits(value) & np.uint32(0x7FFFFFFF) == FLOAT32.infinity
 
 
 def _bits(value: Value) -> Value:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit.floats import FORMATS, Format
-from jaxaudit.hyperparameters import Hyperparameters, double_of_float32
+from jaxaudit.hyperparameters import Hyperparameters, StepCount, double_of_float32
 from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched, short
 
 #: The recording's big tensors: our name for each, and its key in the file.
@@ -23,6 +23,7 @@ TENSOR_KEYS = {
     "exp_avg": "momentum_W",
     "exp_avg_sq": "variance_W",
     "max_exp_avg_sq": "max_variance_W",
+    "compensation": "compensation_W",
 }
 
 _SCALAR_KEYS = {
@@ -79,7 +80,7 @@ class Recording:
         tokens: entries of the parameter's first axis, called rows or tokens.
         width: elements of one row.
         formats: recorded format of each big tensor that is there, by name (`param`, `grad`, `exp_avg`,
-            `exp_avg_sq`, `max_exp_avg_sq`).
+            `exp_avg_sq`, `max_exp_avg_sq`, `compensation`).
         hyperparameters: what the optimizer was given; None where the file says nothing of it.
         metadata: the file's own claims, as strings.
         losses: loss of each step, float64 of shape (T,), or None.
@@ -104,8 +105,8 @@ class Recording:
         self.formats = self._formats(shape)
         self._check_num_steps()
         self.losses = self._losses()
-        self.hyperparameters = self._hyperparameters()
         self.first_step = self._first_step()
+        self.hyperparameters = self._hyperparameters()
 
     def __enter__(self) -> "Recording":
         return self
@@ -186,6 +187,18 @@ class Recording:
                 jobs.append(lambda f=first, c=count, s=span, r=ring: self._read(f, c, s, r))
         with prefetched(jobs) as ready:
             yield from ready
+
+    def at(self, timestep: int, rows: tuple[int, int]) -> Window:
+        """Read one timestep of a range of rows, into memory of its own; as `windows` does."""
+        count = rows[1] - rows[0]
+        names = tuple(self.formats)
+        buffers = {
+            name: aligned(
+                (1 + (name != "grad"), count, self.width), self.formats[name].pattern_dtype
+            )
+            for name in names
+        }
+        return self._read(timestep, 1, rows, buffers)
 
     def group_tensors(self) -> SafetensorsFile | None:
         """Return the open file if it holds token groups of its own."""
@@ -306,6 +319,8 @@ class Recording:
         self._check_hyperparameters(values)
         return Hyperparameters(
             learning_rate=self._per_step(values.pop("learning_rate")),
+            count=StepCount(first=self.first_step),
+            exact_rate="float32" not in origin["learning_rate"],
             origin=origin,
             **{name: float(value[0]) for name, value in values.items()},
         )

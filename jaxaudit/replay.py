@@ -3,6 +3,8 @@
 Each stage of a step (`exp_avg`, `exp_avg_sq`, `param`) is a program of its own, teacher-forced: step t starts
 from the recorded state of step t-1. A program comes in two formulations: float32 instructions, for windows in
 which these are exact, and float64 emulation for all others. Each is tried on hard inputs before it is used.
+
+What was not recorded is run freely instead (`FreeRun`): from its start, step after step, over the gradients.
 """
 
 import dataclasses
@@ -16,18 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit import floats
-from jaxaudit.arithmetics import Scalars, Stage, Step, ordinary, scalars_of
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import (
-    Float64Operations,
+    Float32Operations,
     Formulation,
     NumpyOperations,
     Operations,
     compile_exactly,
+    narrow_patterns,
     operations_of,
+    widen_patterns,
 )
+from jaxaudit.scalars import Rule, scalars_of
+from jaxaudit.steps import Scalars, Step
 
 #: Recorded patterns of a window, by tensor: flat, (steps + 1, elements); `grad` (steps, elements).
 Recorded = Mapping[str, Any]
@@ -59,29 +64,37 @@ class Program:
     """One stage of a step on one recording's formats: what gets compiled.
 
     Attributes:
-        step: under which arithmetic.
+        step: without what the stage does not depend on.
         stage: which stage; also the recorded tensor that it is compared with.
         inputs: what it reads.
         recorded: format in which its result was recorded.
+        rule: how its scalars are computed; the self-test needs some.
+        name: of an arithmetic that it belongs to, for people.
     """
 
     step: Step
-    stage: Stage
+    stage: str
     inputs: tuple[Input, ...]
     recorded: Format
+    rule: Rule = dataclasses.field(compare=False)
+    name: str = dataclasses.field(compare=False)
 
     @property
     def result(self) -> Format:
         """Format of what it computes."""
         return self.step.result_format(self.stage)
 
-    def values(self, ops: Operations, window: Recorded, steps: int, rule: Any) -> dict[str, Any]:
+    def values(self, ops: Operations, window: Recorded, steps: int, tail: Any) -> dict[str, Any]:
         """Decode the inputs of all the window's steps."""
         found = {
             i.name: ops.decode(window[i.tensor][i.offset : i.offset + steps], i.format)
             for i in self.inputs
         }
-        return found | {"scalar_rule": rule}
+        return found | {"tail": tail}
+
+
+#: Name in a window of the weight that a step keeps to itself, where the recorded one is a copy of it.
+OWN_PARAM = "own param"
 
 
 class Replayer:
@@ -91,32 +104,44 @@ class Replayer:
         device: where the programs run.
         formats: recorded format of each tensor (see `Recording.formats`).
         shape: (steps, elements) of a window.
-        second_moment: the tensor that the denominator is made of, `exp_avg_sq` or `max_exp_avg_sq`.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        formats: Mapping[str, Format],
-        shape: tuple[int, int],
-        second_moment: str = "exp_avg_sq",
-    ):
+    def __init__(self, device: Device, formats: Mapping[str, Format], shape: tuple[int, int]):
         self.device = device
-        self._formats = dict(formats)
+        self.formats = dict(formats)
         self._shape = shape
-        self._second_moment = second_moment
         self._verdicts: dict[tuple[Program, Formulation], str] = {}
 
-    def program(self, step: Step, stage: Stage) -> Program:
-        """Say what a stage of a step reads from this recording."""
-        places = {"new_exp_avg": ("exp_avg", 1), "new_exp_avg_sq": (self._second_moment, 1)}
-        read = [name for name in step.reads(stage) if name != "scalar_rule"]
-        found = [(name, *places.get(name, (name, 0))) for name in read]
-        inputs = tuple(Input(name, at, offset, self._formats[at]) for name, at, offset in found)
-        return Program(step, stage, inputs, self._formats[stage])
+    def hidden(self, step: Step) -> tuple[str, ...]:
+        """Name the tensors of a step's state that the recording does not hold."""
+        return tuple(
+            name
+            for name in step.state
+            if name not in self.formats or (name == "param" and step.keeps_more)
+        )
+
+    def program(self, step: Step, stage: str, rule: Rule, name: str) -> Program:
+        """Say what a stage of a step reads from this recording.
+
+        Args:
+            step: under which arithmetic.
+            stage: which tensor of the state.
+            rule: how the scalars are computed.
+            name: of the arithmetic, for people.
+        """
+        inputs = tuple(self._input(step, read) for read in step.reads(stage))
+        recorded = self.formats.get(stage, step.format_of(stage))
+        return Program(step.stripped(stage), stage, inputs, recorded, rule, name)
+
+    def _input(self, step: Step, read: str) -> Input:
+        tensor = read.removeprefix("new_")
+        hidden = tensor in self.hidden(step)
+        fmt = step.format_of(tensor) if hidden else self.formats[tensor]
+        place = OWN_PARAM if hidden and tensor == "param" else tensor
+        return Input(read, place, int(tensor != read), fmt)
 
     def flags(
-        self, program: Program, scalars: Scalars, window: Recorded, rule: Any
+        self, program: Program, scalars: Scalars, window: Recorded, tail: Any
     ) -> tuple[NDArray[np.uint8], Formulation]:
         """Compare a stage with the recording, element by element.
 
@@ -124,7 +149,7 @@ class Replayer:
             program: the stage.
             scalars: those of the window's steps.
             window: recorded patterns.
-            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
+            tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
 
         Returns:
             uint8 (steps, elements), non-zero where the bits differ (all NaNs are alike), and the
@@ -133,19 +158,19 @@ class Replayer:
         Raises:
             SelfTestError: neither formulation is exact on this device.
         """
-        if ordinary(scalars) and not self._verdict(program, "float32"):
-            found = self._flags(program, "float32", scalars, window, rule)
+        if _no_subnormals(scalars) and not self._verdict(program, "float32"):
+            found = self._flags(program, "float32", scalars, window, tail)
             if not np.bitwise_or.reduce(found, axis=None) & STRAY:
                 return found, "float32"
         self.require(program, "float64")
-        return self._flags(program, "float64", scalars, window, rule), "float64"
+        return self._flags(program, "float64", scalars, window, tail), "float64"
 
     def results(
         self,
         program: Program,
         scalars: Scalars,
         window: Recorded,
-        rule: Any,
+        tail: Any,
         formulation: Formulation,
     ) -> jax.Array:
         """Compute a stage's new values, as patterns of `program.result`, (steps, elements).
@@ -154,16 +179,16 @@ class Replayer:
             program: the stage.
             scalars: those of the window's steps.
             window: recorded patterns.
-            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
+            tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
             formulation: the one that `flags` returned for this window.
         """
         compiled = _results_program(program, formulation, self.device)
-        return compiled(*self._arguments(program, formulation, scalars, window, rule))
+        return compiled(*self._arguments(program, formulation, scalars, window, tail))
 
     def self_tests(self) -> dict[str, str]:
         """Report every self-test that was made: "passed", or what came out wrong."""
         return {
-            f"{program.step.arithmetic.name} {program.stage} in {formulation}": verdict or "passed"
+            f"{program.name} {program.stage} in {formulation}": verdict or "passed"
             for (program, formulation), verdict in self._verdicts.items()
         }
 
@@ -173,11 +198,10 @@ class Replayer:
         return np.asarray(compiled(*self._arguments(program, formulation, *rest), target))
 
     def _arguments(
-        self, program: Program, formulation: Formulation, scalars: Scalars, window: Recorded, rule: Any
+        self, program: Program, formulation: Formulation, scalars: Scalars, window: Recorded, tail: Any
     ) -> tuple[Any, ...]:  # fmt: skip
-        kind = np.float32 if formulation == "float32" else np.float64
-        converted = {name: value.astype(kind) for name, value in scalars.items()}
-        return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, rule
+        converted = scalars if formulation == "float32" else _widened(scalars)
+        return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, tail
 
     def require(self, program: Program, formulation: Formulation) -> None:
         """Make sure that a program is exact on this device.
@@ -189,7 +213,7 @@ class Replayer:
         if verdict:
             raise SelfTestError(
                 f"self-test failed on {self.device.platform} ({self.device.device_kind}): {program.stage} of "
-                f"{program.step.arithmetic.name} in {formulation}: {verdict}. Use another backend, for "
+                f"{program.name} in {formulation}: {verdict}. Use another backend, for "
                 "example --backend cpu."
             )
 
@@ -203,7 +227,7 @@ class Replayer:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
         tried = min(_TRIED, self._shape[1])
         trial = _Trial(program, formulation, self._shape, tried)
-        arguments = (program, trial.scalars, trial.window, trial.rule)
+        arguments = (program, trial.scalars, trial.window, trial.tail)
         try:
             flags = self._flags(program, formulation, *arguments[1:])[:, :tried]
             results = np.asarray(self.results(*arguments, formulation))[:, :tried]
@@ -222,39 +246,59 @@ class Replayer:
 
 
 class FreeRun:
-    """Moments that were not recorded, obtained by running the arithmetic from zero over the gradients.
+    """Tensors of the state that no recording holds, obtained by running over the gradients from the start.
+
+    What the recording does hold is taken from it, before and after each timestep.
 
     Args:
-        replayer: of the recording, with `step.operator_format` for the missing moments.
+        replayer: of the recording.
         step: under which arithmetic.
-        elements: of one timestep.
+        rule: how its scalars are computed.
+        name: of the arithmetic, for people.
+        hidden: which tensors are run freely; all others must have been recorded.
     """
 
-    def __init__(self, replayer: Replayer, step: Step, elements: int):
-        self._programs = [replayer.program(step, stage) for stage in ("exp_avg", "exp_avg_sq")]
-        for program in self._programs:
-            replayer.require(program, "float64")
-        kind = step.operator_format.pattern_dtype
-        self._state = tuple(jnp.zeros(elements, kind) for _ in self._programs)
-        self._compiled = _free_run_program(*self._programs, replayer.device)
+    def __init__(
+        self, replayer: Replayer, step: Step, rule: Rule, name: str, hidden: tuple[str, ...]
+    ):
+        self.step, self.hidden = step, hidden
+        self._formats = replayer.formats
+        for tensor in hidden:
+            replayer.require(replayer.program(step, tensor, rule, name), "float64")
+        self._state: tuple[Any, ...] | None = None
+        known = tuple((x, self._formats[x]) for x in step.state if x not in hidden)
+        grad = self._formats["grad"]
+        self._compiled = _free_run_program(step, hidden, known, grad, replayer.device)
 
-    def advance(self, scalars: Scalars, window: Recorded, rule: Any, steps: int) -> Recorded:
-        """Run through a window and return it with both moments, (steps + 1, elements), added.
+    def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
+        """Run through a window.
 
         Args:
             scalars: those of the window's steps.
             window: recorded patterns.
-            rule: the elements that follow PyTorch's scalar loop, uint8 (elements,).
+            tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
             steps: how many of the window's steps are valid.
+
+        Returns:
+            Patterns of each hidden tensor, (steps + 1, elements), in the step's own format.
         """
-        doubles = {name: value.astype(np.float64) for name, value in scalars.items()}
-        read = {i.tensor for program in self._programs for i in program.inputs}
-        arrays = {name: window[name] for name in sorted(read & {"grad", "param"})}
-        first, second = self._compiled(doubles, arrays, rule, self._state)
+        if self._state is None:
+            self._state = tuple(self._start(name, window) for name in self.hidden)
+        read = {"grad", *(name for name in self.step.state if name not in self.hidden)}
+        arrays = {name: window[name] for name in sorted(read)}
+        run = self._compiled(np.uint32(0), _widened(scalars), arrays, tail, self._state)
         # The window may lie in memory that the reader fills anew as soon as this returns.
-        jax.block_until_ready((first, second))
-        self._state = (first[steps], second[steps])
-        return {**window, "exp_avg": first, "exp_avg_sq": second}
+        jax.block_until_ready(run)
+        self._state = tuple(each[steps] for each in run)
+        return dict(zip(self.hidden, run, strict=True))
+
+    def _start(self, name: str, window: Recorded) -> Any:
+        """Return the first state: the recorded one where there is one, else zeros."""
+        fmt = self.step.format_of(name)
+        if name not in window:
+            return jnp.zeros(window["grad"].shape[1], fmt.pattern_dtype)
+        wide = widen_patterns(jnp.asarray(window[name][0]), self._formats[name])
+        return narrow_patterns(wide, fmt)
 
 
 class _Trial:
@@ -266,9 +310,9 @@ class _Trial:
         self._program = program
         steps, elements = shape
         rng = np.random.default_rng(20)
-        self.scalars = _trial_scalars(program.step, steps)
-        self.rule = np.zeros(elements, np.uint8)
-        self.rule[:tried:2] = 1
+        self.scalars = _trial_scalars(program, steps)
+        self.tail = np.zeros(elements, np.uint8)
+        self.tail[:tried:2] = 1
         self.window: dict[str, NDArray[Any]] = {}
         formats = {i.tensor: i.format for i in program.inputs} | {program.stage: program.recorded}
         size = rng.integers(-26, -4, tried)  # common to a column, so that its terms meet
@@ -283,9 +327,9 @@ class _Trial:
     def _expect(self, steps: int, tried: int) -> NDArray[Any]:
         ops = NumpyOperations()
         cut = {name: values[:, :tried] for name, values in self.window.items()}
-        values = self._program.values(ops, cut, steps, self.rule[:tried])
+        values = self._program.values(ops, cut, steps, self.tail[:tried])
         columns = {name: scalar[:, None] for name, scalar in self.scalars.items()}
-        result = self._program.step.replay(self._program.stage, ops, columns, values)
+        result = self._program.step.replay_recorded(self._program.stage, ops, columns, values)
         return ops.encode(result, self._program.result)
 
     def _plant(self, rng: np.random.Generator, steps: int, tried: int) -> NDArray[np.bool_]:
@@ -315,15 +359,25 @@ def _differ(
     return floats.differ(wide_a, wide_b)
 
 
-def _trial_scalars(step: Step, steps: int) -> Scalars:
+def _trial_scalars(program: Program, steps: int) -> Scalars:
     given = Hyperparameters(
         learning_rate=np.full(steps, 1e-3),
-        beta1=0.3 if step.lerp_from_end else 0.9,
+        beta1=0.3 if program.step.interpolation == "end" else 0.9,
         beta2=0.999,
         epsilon=1e-8,
         weight_decay=0.01,
     )
-    return scalars_of(step, given, [1 + 37 * k for k in range(steps)])
+    return scalars_of(program.step, program.rule, given, [1 + 37 * k for k in range(steps)])
+
+
+def _no_subnormals(scalars: Scalars) -> bool:
+    """Tell whether a device that takes subnormal numbers for zero sees all scalars as they are."""
+    sizes = [np.abs(value) for value in scalars.values() if value.dtype == np.float32]
+    return all(np.all((size == 0) | (size >= np.float32(2.0**-126))) for size in sizes)
+
+
+def _widened(scalars: Scalars) -> dict[str, NDArray[np.float64]]:
+    return {name: value.astype(np.float64) for name, value in scalars.items()}
 
 
 def _hard_patterns(
@@ -361,66 +415,78 @@ def _hard_patterns(
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=512)
 def _flags_program(program: Program, formulation: Formulation, device: Device) -> Callable:
-    def whole(zero: Any, scalars: Any, window: Any, rule: Any, target: Any) -> jax.Array:
-        ops = operations_of(formulation, zero)
-
+    def whole(zero: Any, scalars: Any, window: Any, tail: Any, target: Any) -> jax.Array:
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
-            x = x | {"scalar_rule": rule}
-            replayed = ops.patterns32(program.step.replay(program.stage, ops, s, x))
-            wanted = ops.patterns32(recorded)
-            flags = floats.differ(replayed, wanted).astype(jnp.uint8) * DIFFERS
-            if formulation == "float64":
-                return flags
-            stray = program.step.strays(program.stage, ops, s, x)
-            return flags | stray.astype(jnp.uint8) * STRAY
+            ops = operations_of(formulation, zero)
+            replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
+            differs = floats.differ(ops.patterns32(replayed), ops.patterns32(recorded))
+            flags = differs.astype(jnp.uint8) * DIFFERS
+            if isinstance(ops, Float32Operations):
+                for value in (*x.values(), replayed):
+                    ops.watch(value)
+                flags |= ops.strays.astype(jnp.uint8) * STRAY
+            return flags
 
-        values = program.values(ops, window, target.shape[0] - 1, rule)
-        del values["scalar_rule"]
+        ops = operations_of(formulation, zero)
+        values = program.values(ops, window, target.shape[0] - 1, tail)
+        del values["tail"]
         return jax.vmap(one_step)(scalars, values, ops.decode(target[1:], program.recorded))
 
     return compile_exactly(whole, device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=512)
 def _results_program(program: Program, formulation: Formulation, device: Device) -> Callable:
-    def whole(zero: Any, scalars: Any, window: Any, rule: Any) -> jax.Array:
+    def whole(zero: Any, scalars: Any, window: Any, tail: Any) -> jax.Array:
         ops = operations_of(formulation, zero)
 
         def one_step(s: Any, x: Any) -> jax.Array:
-            replayed = program.step.replay(program.stage, ops, s, x | {"scalar_rule": rule})
+            replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
             return ops.encode(replayed, program.result)
 
-        values = program.values(ops, window, scalars["beta2"].shape[0], rule)
-        del values["scalar_rule"]
+        values = program.values(ops, window, next(iter(scalars.values())).shape[0], tail)
+        del values["tail"]
         return jax.vmap(one_step)(scalars, values)
 
     return compile_exactly(whole, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _free_run_program(first: Program, second: Program, device: Device) -> Callable:
-    """Both moments over a window, each step fed with the one before; exact for every input."""
-    ops, fmt = Float64Operations(), first.step.operator_format
+def _free_run_program(
+    step: Step,
+    hidden: tuple[str, ...],
+    known: tuple[tuple[str, Format], ...],
+    grad: Format,
+    device: Device,
+) -> Callable:
+    """Run the hidden tensors through a window, each step fed with the one before; exact for every input."""
 
-    def whole(scalars: Any, window: Any, rule: Any, state: Any) -> tuple[jax.Array, ...]:
-        decoded = {
-            i.name: ops.decode(window[i.tensor][: scalars["beta2"].shape[0]], i.format)
-            for i in (*first.inputs, *second.inputs)
-            if i.tensor in window
-        }
+    def whole(zero: Any, scalars: Any, window: Any, tail: Any, state: Any) -> tuple[jax.Array, ...]:
+        ops = operations_of("float64", zero)
+        rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
+        before = {name: values[:-1] for name, values in rows.items()}
+        after = {name: values[1:] for name, values in rows.items()}
+        before["grad"] = ops.decode(window["grad"], grad)
 
-        def one_step(moments: Any, step: Any) -> tuple[Any, Any]:
-            s, x = step
-            x = x | {"scalar_rule": rule, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-            after = tuple(p.step.replay(p.stage, ops, s, x) for p in (first, second))
-            return after, tuple(ops.encode(moment, fmt) for moment in after)
+        def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
+            s, x, recorded = timestep
+            x = x | dict(zip(hidden, carried, strict=True)) | {"tail": tail}
+            found = step.advance(ops, s, x, recorded)
+            new = tuple(found[name] for name in hidden)
+            return new, tuple(
+                ops.encode(value, step.format_of(name))
+                for name, value in zip(hidden, new, strict=True)
+            )
 
-        start = tuple(ops.decode(moment, fmt) for moment in state)
-        _, run = jax.lax.scan(one_step, start, (scalars, decoded))
+        start = tuple(
+            ops.decode(patterns, step.format_of(name))
+            for name, patterns in zip(hidden, state, strict=True)
+        )
+        _, run = jax.lax.scan(one_step, start, (scalars, before, after))
         return tuple(
-            jnp.concatenate([before[None], after]) for before, after in zip(state, run, strict=True)
+            jnp.concatenate([first[None], rest]) for first, rest in zip(state, run, strict=True)
         )
 
     return compile_exactly(whole, device)

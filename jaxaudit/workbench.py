@@ -1,40 +1,50 @@
 """A recording on a device: what turns the windows of the one into programs of the other."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit import floats
 from jaxaudit.arithmetics import (
-    STAGES,
     Arithmetic,
     Options,
-    Scalars,
-    Stage,
-    Step,
+    depends_on_tail,
     make_step,
-    scalar_rule_elements,
-    scalars_of,
+    tail_elements,
 )
 from jaxaudit.comparison import Comparison
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
-from jaxaudit.operations import Formulation
+from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.operations import Formulation, NumpyOperations
 from jaxaudit.recording import Recording, Window
-from jaxaudit.replay import Program, Recorded, Replayer
+from jaxaudit.replay import FreeRun, Program, Recorded, Replayer
+from jaxaudit.scalars import EXACT, Nudge, scalars_of
+from jaxaudit.steps import STAGES, Scalars, Stage, Step
 
 #: Elements of a window: below this its arrays of 16-bit results stay in memory that malloc keeps.
 WINDOW_ELEMENTS = 1 << 22
 
+#: Elements of a timestep on which uncertain scalars are tried, and timesteps after whose failure no more are.
+_SETTLED, _PATIENCE = 1 << 12, 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An arithmetic with the options to replay it under."""
+    """An arithmetic with everything that it is replayed under.
+
+    Attributes:
+        arithmetic: where it rounds.
+        options: kind of weight decay, and the like.
+        given: the hyperparameters, as stored or as found to be the ones used.
+    """
 
     arithmetic: Arithmetic
     options: Options
+    given: Hyperparameters
 
 
 class Workbench:
@@ -53,53 +63,47 @@ class Workbench:
         self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
         if self.rows < recording.tokens:
             self.length = 1
-        second = "max_exp_avg_sq" if recording.flag("amsgrad") else "exp_avg_sq"
-        self._replayers: dict[Format, Replayer] = {}
-        self._shape = (self.length, elements)
         self.comparison = Comparison(device, recording.width)
-        self.second_moment = second
-        self._rules: dict[tuple[int, int, int], NDArray[np.uint8]] = {}
-        self._scalars: dict[Step, tuple[int, Scalars]] = {}
+        self.replayer = Replayer(device, recording.formats, (self.length, elements))
+        self.moment_formats = _moment_formats(recording, steps)
+        self._tails: dict[tuple[object, ...], NDArray[np.uint8]] = {}
+        self._scalars: dict[Candidate, tuple[int, Scalars]] = {}
+        self._steps: dict[Candidate, Step] = {}
+        self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
+        self._hopeless: dict[Candidate, int] = {}
+        #: Nudges of scalars that are not known exactly, by candidate and timestep.
+        self.nudges: dict[Candidate, dict[int, Nudge]] = {}
+
+    def stages(self, candidate: Candidate) -> tuple[Stage, ...]:
+        """Stages that the recording holds everything for, or for which the rest can be run freely."""
+        step, recorded = self.step(candidate), self.recording.formats
+        return tuple(
+            stage
+            for stage in STAGES
+            if stage in recorded and self._can_run(step, self._missing(step, stage))
+        )
+
+    def hidden(self, candidate: Candidate) -> tuple[str, ...]:
+        """Name the tensors that are run freely for the stages of a candidate."""
+        step = self.step(candidate)
+        missing = {x for stage in self.stages(candidate) for x in self._missing(step, stage)}
+        return tuple(name for name in step.state if name in missing)
+
+    def _missing(self, step: Step, stage: Stage) -> set[str]:
+        read = {name.removeprefix("new_") for name in step.reads(stage)}
+        return {x for x in read if x not in self.recording.formats} | (
+            read & {*self.replayer.hidden(step)}
+        )
+
+    def _can_run(self, step: Step, missing: set[str]) -> bool:
+        """Tell whether tensors that were not recorded can be had by running freely from the start."""
+        fresh = self.recording.first_step == 1 and "grad" in self.recording.formats
+        return not missing or (fresh and missing <= {*step.state})
 
     @property
     def names(self) -> tuple[str, ...]:
         """Tensors that are read."""
-        wanted = {"param", "grad", "exp_avg", "exp_avg_sq"} | {self.second_moment}
-        return tuple(name for name in self.recording.formats if name in wanted)
-
-    def stages(self) -> tuple[Stage, ...]:
-        """Stages that the recording holds everything for."""
-        needs: dict[Stage, set[str]] = {
-            "exp_avg": {"grad", "exp_avg"},
-            "exp_avg_sq": {"grad", "exp_avg_sq"},
-            "param": {"exp_avg", self.second_moment},
-        }
-        present = set(self.recording.formats)
-        if self.free_running:
-            needs["param"] = {"grad"}
-        return tuple(stage for stage in STAGES if needs[stage] <= present)
-
-    @property
-    def free_running(self) -> bool:
-        """Whether moments that were not recorded can be had by running from zero over the gradients."""
-        present = set(self.recording.formats)
-        fresh = self.recording.first_step == 1 and self.second_moment == "exp_avg_sq"
-        return fresh and "grad" in present and not {"exp_avg", "exp_avg_sq"} <= present
-
-    def replayer(self, step: Step) -> Replayer:
-        """Return the replayer for a step: without recorded moments, these take the step's own format."""
-        missing = dict.fromkeys(("exp_avg", "exp_avg_sq"), step.operator_format)
-        key = step.operator_format if self.free_running else FLOAT32
-        if key not in self._replayers:
-            formats = (missing if self.free_running else {}) | self.recording.formats
-            self._replayers[key] = Replayer(self.device, formats, self._shape, self.second_moment)
-        return self._replayers[key]
-
-    def self_tests(self) -> dict[str, str]:
-        """Report every self-test that was made."""
-        return {
-            k: v for replayer in self._replayers.values() for k, v in replayer.self_tests().items()
-        }
+        return tuple(self.recording.formats)
 
     def windows(self, steps: tuple[int, int]) -> Iterator[Window]:
         """Read windows of the bench's shape."""
@@ -119,45 +123,146 @@ class Workbench:
         flat = {name: array.reshape(array.shape[0], -1) for name, array in window.tensors.items()}
         return {name: jax.device_put(array, self.device) for name, array in flat.items()}
 
-    def scalars(self, step: Step, window: Window) -> Scalars:
+    def with_hidden(self, candidate: Candidate, window: Window, arrays: Recorded) -> Recorded:
+        """Add what the stages of a candidate read and the recording does not hold."""
+        hidden = self.hidden(candidate)
+        if not hidden:
+            return arrays
+        found = self.run(candidate, hidden, window, arrays)
+        return {**{OWN.get(name, name): value for name, value in found.items()}, **arrays}
+
+    def run(
+        self, candidate: Candidate, hidden: tuple[str, ...], window: Window, arrays: Recorded
+    ) -> dict[str, jax.Array]:
+        """Run tensors of the state freely through the next window; see `FreeRun.advance`."""
+        key = (candidate, window.rows, hidden)
+        if key not in self._runs:
+            arithmetic = candidate.arithmetic
+            self._runs[key] = FreeRun(
+                self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
+            )
+        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
+        return self._runs[key].advance(scalars, arrays, tail, window.steps)
+
+    def scalars(self, candidate: Candidate, window: Window) -> Scalars:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""
-        known = self._scalars.get(step)
+        known = self._scalars.get(candidate)
         if known is None or known[0] != window.first:
-            known = self._scalars[step] = (window.first, self._compute_scalars(step, window))
+            index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
+            known = (window.first, self.scalars_at(candidate, index))
+            self._scalars[candidate] = known
         return known[1]
 
-    def _compute_scalars(self, step: Step, window: Window) -> Scalars:
-        given = self.recording.hyperparameters
-        assert given is not None  # there are no stages without hyperparameters
-        index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
-        rates = given.learning_rate[np.array(index) - 1]
+    def scalars_at(
+        self, candidate: Candidate, timesteps: Sequence[int], nudges: Sequence[Nudge] | None = None
+    ) -> Scalars:
+        """Compute the scalars of some timesteps of the recording."""
+        given, found = candidate.given, self.nudges.get(candidate, {})
+        rates = given.learning_rate[np.array(timesteps) - 1]
         given = dataclasses.replace(given, learning_rate=rates)
-        return scalars_of(step, given, [t + self.recording.first_step - 1 for t in index])
+        nudges = nudges or [found.get(t, EXACT) for t in timesteps]
+        rule = candidate.arithmetic.rule
+        return scalars_of(self.step(candidate), rule, given, timesteps, nudges)
 
-    def rule(self, step: Step, options: Options, rows: tuple[int, int]) -> NDArray[np.uint8]:
-        """Mark the elements that follow PyTorch's scalar loop, where that matters."""
-        threads = options.threads if step.decay == "l2" else 0
-        key = (threads, *rows)
-        if key not in self._rules:
-            self._rules[key] = self._compute_rule(threads, rows)
-        return self._rules[key]
+    def nudge(self, candidate: Candidate, nudges: dict[int, Nudge]) -> None:
+        """Set the nudges of some timesteps."""
+        self.nudges.setdefault(candidate, {}).update(nudges)
+        self._scalars.pop(candidate, None)
 
-    def _compute_rule(self, threads: int, rows: tuple[int, int]) -> NDArray[np.uint8]:
-        width = self.recording.width
-        if not threads:
-            return np.zeros((rows[1] - rows[0]) * width, np.uint8)
-        elements, size = self.recording.parameter_elements()
-        return scalar_rule_elements(elements[rows[0] * width : rows[1] * width], size, threads)
+    def tail(self, candidate: Candidate, rows: tuple[int, int]) -> NDArray[np.uint8]:
+        """Mark the elements of a vectorised kernel's scalar loop, where that matters."""
+        arithmetic, step = candidate.arithmetic, self.step(candidate)
+        matters = depends_on_tail(arithmetic, step)
+        kind = (arithmetic.tail, candidate.options.threads, step.storage)
+        key = (*rows, *(kind if matters else ()))
+        if key not in self._tails:
+            width = self.recording.width
+            if matters:
+                elements, size = self.recording.parameter_elements()
+                elements = elements[rows[0] * width : rows[1] * width]
+                self._tails[key] = tail_elements(
+                    arithmetic, step.storage, elements, size, candidate.options.threads
+                )
+            else:
+                self._tails[key] = np.zeros((rows[1] - rows[0]) * width, np.uint8)
+        return self._tails[key]
 
     def flags(
         self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded
     ) -> tuple[NDArray[np.uint8], Formulation]:
-        """Compare one stage of a window under a candidate; see `Replayer.flags`."""
-        step = self.step(candidate)
-        replayer = self.replayer(step)
-        scalars, rule = self.scalars(step, window), self.rule(step, candidate.options, window.rows)
-        flags, formulation = replayer.flags(replayer.program(step, stage), scalars, arrays, rule)
+        """Compare one stage of a window under a candidate; see `Replayer.flags`.
+
+        Where a timestep's weights differ, and scalars are not known exactly, other values of these are tried,
+        and kept from then on if they fit.
+        """
+        program, tail = self.program(candidate, stage), self.tail(candidate, window.rows)
+        scalars = self.scalars(candidate, window)
+        flags, formulation = self.replayer.flags(program, scalars, arrays, tail)
+        if stage == "param" and self._settle(candidate, program, window, arrays, flags):
+            scalars = self.scalars(candidate, window)
+            flags, formulation = self.replayer.flags(program, scalars, arrays, tail)
         return flags[: window.steps], formulation
+
+    def _settle(
+        self,
+        candidate: Candidate,
+        program: Program,
+        window: Window,
+        arrays: Recorded,
+        flags: NDArray[np.uint8],
+    ) -> bool:
+        """Look for better values of scalars that are not known exactly; tell whether some were found."""
+        nudges, settled = candidate.arithmetic.nudges(candidate.given), {}
+        if len(nudges) == 1 or not flags[: window.steps].any():
+            return False
+        for k in np.flatnonzero(flags[: window.steps].any(axis=1)).tolist():
+            if self._hopeless.get(candidate, 0) >= _PATIENCE:
+                break
+            timestep = window.first + k
+            counts = self._tried(candidate, program, timestep, k, arrays, flags[k], window.rows)
+            best = min(nudges, key=lambda nudge: counts[nudge])
+            if counts[best]:
+                self._hopeless[candidate] = self._hopeless.get(candidate, 0) + 1
+            if counts[best] < counts[EXACT]:
+                settled[timestep] = best
+        self.nudge(candidate, settled)
+        return bool(settled)
+
+    def _tried(
+        self,
+        candidate: Candidate,
+        program: Program,
+        timestep: int,
+        k: int,
+        arrays: Recorded,
+        flags: NDArray[np.uint8],
+        rows: tuple[int, int],
+    ) -> dict[Nudge, int]:
+        """Count the mismatches among some elements of a timestep under each nudge, in NumPy."""
+        usual = np.linspace(0, flags.size - 1, min(flags.size, _SETTLED)).astype(np.int64)
+        chosen = np.union1d(np.flatnonzero(flags)[:_SETTLED], usual)
+        cut = {
+            i.tensor: np.asarray(arrays[i.tensor][k : k + 1 + (i.tensor != "grad")])[:, chosen]
+            for i in program.inputs
+        }
+        ops, tail = NumpyOperations(), self.tail(candidate, rows)[chosen]
+        values = program.values(ops, cut, 1, tail)
+        recorded = floats.decode(
+            np.asarray(arrays[program.stage][k + 1])[chosen][None], program.recorded
+        )
+        counts = {}
+        for nudge in candidate.arithmetic.nudges(candidate.given):
+            scalars = self.scalars_at(candidate, [timestep], [nudge])
+            columns = {name: value[:, None] for name, value in scalars.items()}
+            with np.errstate(all="ignore"):
+                found = program.step.replay_recorded(program.stage, ops, columns, values)
+            patterns = (
+                np.ascontiguousarray(v, np.float32).view(np.uint32) for v in (found, recorded)
+            )
+            counts[nudge] = int(floats.differ(*patterns).sum())
+            if not counts[nudge]:
+                break
+        return dict.fromkeys(candidate.arithmetic.nudges(candidate.given), flags.size) | counts
 
     def results(
         self,
@@ -168,21 +273,53 @@ class Workbench:
         formulation: Formulation,
     ) -> jax.Array:
         """Compute one stage's values for a window under a candidate; see `Replayer.results`."""
-        step = self.step(candidate)
-        replayer = self.replayer(step)
-        scalars, rule = self.scalars(step, window), self.rule(step, candidate.options, window.rows)
-        return replayer.results(replayer.program(step, stage), scalars, arrays, rule, formulation)
+        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
+        program = self.program(candidate, stage)
+        return self.replayer.results(program, scalars, arrays, tail, formulation)
 
     def program(self, candidate: Candidate, stage: Stage) -> Program:
         """Say what a stage reads under a candidate."""
-        step = self.step(candidate)
-        return self.replayer(step).program(step, stage)
+        arithmetic = candidate.arithmetic
+        return self.replayer.program(self.step(candidate), stage, arithmetic.rule, arithmetic.label)
 
     def step(self, candidate: Candidate) -> Step:
         """Fill in a candidate's step."""
-        given = self.recording.hyperparameters
-        assert given is not None
-        return make_step(candidate.arithmetic, self.recording.storage, given, candidate.options)
+        if candidate not in self._steps:
+            self._steps[candidate] = make_step(
+                candidate.arithmetic,
+                self.recording.storage,
+                candidate.given,
+                candidate.options,
+                self.moment_formats,
+            )
+        return self._steps[candidate]
+
+
+#: Places of tensors that a step keeps to itself beside a recorded copy.
+OWN = {"param": "own param"}
+
+
+def _moment_formats(recording: Recording, steps: tuple[int, int]) -> tuple[Format, Format]:
+    """Tell in which formats the moments were kept: the weight's, unless their bits say float32."""
+    found = []
+    for name in ("exp_avg", "exp_avg_sq"):
+        stored = recording.formats.get(name, recording.storage)
+        if stored is FLOAT32 and recording.storage is not FLOAT32:
+            stored = _shown_format(recording, name, steps)
+        found.append(stored)
+    return found[0], found[1]
+
+
+def _shown_format(recording: Recording, name: str, steps: tuple[int, int]) -> Format:
+    """Look at three timesteps of a float32 tensor for values that the weight's format does not hold."""
+    storage, rows = recording.storage, max(1, min(recording.tokens, (1 << 20) // recording.width))
+    for step in sorted({steps[0], sum(steps) // 2, steps[1] - 1}):
+        for window in recording.windows((step, step + 1), 1, rows, (name,)):
+            values = floats.decode(window.tensors[name][1], FLOAT32)
+            if np.any((floats.round_to(values, storage) != values) & ~np.isnan(values)):
+                return FLOAT32
+            break
+    return storage
 
 
 def check_steps(recording: Recording, steps: tuple[int, int] | None) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """XLA's operations against the host's, on hard bit patterns."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from jaxaudit import floats
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32
+from jaxaudit.mkl_sqrt import reciprocal_root_steps, root_of_probe
 from jaxaudit.operations import (
     Float32Operations,
     Float64Operations,
@@ -17,7 +20,16 @@ from jaxaudit.operations import (
 
 DEVICE = jax.devices("cpu")[0]
 COUNT = 1 << 18
-ARITY = {"add": 2, "subtract": 2, "multiply": 2, "divide": 2, "sqrt": 1, "negate": 1, "fma": 3}
+ARITY = {
+    "add": 2,
+    "subtract": 2,
+    "multiply": 2,
+    "divide": 2,
+    "sqrt": 1,
+    "mkl_amd_sqrt": 1,
+    "negate": 1,
+    "fma": 3,
+}
 SPECIAL = [0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001]
 
 
@@ -186,3 +198,92 @@ def test_roundings_survive_a_following_reduction():
     # rounding, 63 additions of at most half an ulp of the sum of magnitudes.
     bound = 64 * 2.0**-53 * np.abs(values).sum(axis=-1)
     assert (np.abs(found - values.sum(axis=-1)) <= bound).all()
+
+
+def root_patterns():
+    """Both ends of every cell of the estimate, all exponents, the limits of what MKL refines."""
+    rng = np.random.default_rng(11)
+    cells = np.uint32(0x3F800000) + (np.arange(1 << 13, dtype=np.uint32) << 11)
+    within = rng.integers(0, 1 << 11, (30, cells.size), dtype=np.uint32)
+    exponents = np.arange(256, dtype=np.uint32)[:, None] << 23
+    wild = rng.integers(0, 1 << 23, (256, 2048), dtype=np.uint32)
+    edges = [0x00800000, 0x01000000, 0x7F7FF000, 0x7F800000]
+    beside = np.arange(-300, 300)[:, None] + np.array(edges)
+    parts = [cells, cells + 0x7FF, cells + within, exponents | wild, beside, SPECIAL]
+    positive = np.concatenate([np.ravel(part).astype(np.uint32) for part in parts])
+    return np.concatenate([positive, positive[::7] | np.uint32(1 << 31)])
+
+
+def probe_digest(root):
+    i = np.arange(4096, dtype=np.uint32)
+    vector = (0x3F800000 + 4096 * i + 1103 * i % 4096).astype(np.uint32).view(np.float32)
+    return hashlib.sha256(root(vector).astype("<f4").tobytes()).hexdigest()
+
+
+def test_mkl_s_root_on_amd_processors_is_torch_s():
+    torch = pytest.importorskip("torch")
+    torch.sqrt(torch.ones(1))  # MKL's first call in a process must not be one of many threads
+    root = lambda x: torch.sqrt(torch.from_numpy(x)).numpy()  # noqa: E731
+    if root_of_probe(probe_digest(root)) != "mkl-amd":
+        pytest.skip("torch's float32 square root is another one here: no AMD processor, or no MKL")
+    patterns = root_patterns()
+    expected = root(patterns.view(np.float32)).view(np.uint32)
+    assert_same(apply(NumpyOperations(), "mkl_amd_sqrt", [patterns]), expected)
+    for size in range(1, 71):  # nothing depends on a number's place in the vector
+        part = patterns[size * size : size * size + size].view(np.float32)
+        assert_same(
+            NumpyOperations().mkl_amd_sqrt(part).view(np.uint32), root(part).view(np.uint32)
+        )
+
+
+def test_xla_takes_mkl_s_root_in_float64_for_every_kind_of_number():
+    patterns = root_patterns()
+    program = compile_exactly(lambda p: apply(Float64Operations(), "mkl_amd_sqrt", [p]), DEVICE)
+    assert_same(program(patterns), apply(NumpyOperations(), "mkl_amd_sqrt", [patterns]))
+
+
+def test_xla_takes_mkl_s_root_in_float32_for_zero_and_every_normal_number():
+    patterns = root_patterns()
+    magnitude = patterns & np.uint32(0x7FFFFFFF)
+    patterns = patterns[(magnitude == 0) | (magnitude >= 0x00800000)]
+    program = compile_exactly(lambda z, p: apply(Float32Operations(z), "mkl_amd_sqrt", [p]), DEVICE)
+    expected = apply(NumpyOperations(), "mkl_amd_sqrt", [patterns])
+    assert_same(program(np.uint32(0), patterns), expected)
+
+
+def test_mkl_s_root_is_one_ulp_off_where_it_is_off_and_ieee_at_the_ends_of_the_range():
+    patterns = root_patterns()
+    found = apply(NumpyOperations(), "mkl_amd_sqrt", [patterns])
+    ieee = apply(NumpyOperations(), "sqrt", [patterns])
+    refined = (patterns >= 0x00800000) & (patterns < 0x7F7FF000)
+    distance = floats.ulp_distance(found, ieee, FLOAT32)
+    assert distance[refined].max() == 1 and 0.1 < distance[refined].mean() < 0.3
+    assert (distance[~refined] == 0).all()
+
+
+def test_the_estimate_is_the_one_that_was_read_off_a_processor():
+    steps = reciprocal_root_steps()
+    digest = hashlib.sha256(steps.astype("<u2").tobytes()).hexdigest()
+    assert digest == "94e56241acd3430ca4c3ac428d7e3e65a51b310fc0bf64f0fe713ec8d94ac527"
+    lower = (np.uint32(0x3F800000) + (np.arange(1 << 13, dtype=np.uint32) << 11)).view(np.float32)
+    # The bound that Intel and AMD document for the instruction.
+    exact = 1 / np.sqrt(lower.astype(np.float64))
+    assert np.abs((0.5 + steps / 8192) / exact - 1).max() < 1.5 * 2.0**-12
+
+
+def test_a_recording_s_probe_tells_the_root():
+    assert root_of_probe(probe_digest(np.sqrt)) == "ieee"
+    assert root_of_probe(probe_digest(NumpyOperations().mkl_amd_sqrt)) == "mkl-amd"
+    assert root_of_probe(probe_digest(lambda x: x)) is None
+
+
+def test_the_recorder_s_probe_is_understood():
+    torch = pytest.importorskip("torch")
+    from jaxaudit.recorders import pytorch
+
+    probe = pytorch.probe_sqrt(torch.device("cpu"))
+    vector = pytorch.probe_vector()
+    assert hashlib.sha256(np.sqrt(vector).astype("<f4").tobytes()).hexdigest() == probe_digest(
+        np.sqrt
+    )
+    assert (root_of_probe(str(probe["sha256"])) == "ieee") == (probe["differ_from_ieee"] == 0)

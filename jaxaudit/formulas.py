@@ -1,0 +1,237 @@
+"""Adam's formulas as implementations write them; each is a function of a `steps.Kernel`.
+
+Names of scalars (`k.s`): see `scalars`. What a formula returns is rounded once more, to the format in which
+the tensor is kept; `k.rounded` is the rounding after each operator, where an implementation has one.
+"""
+
+from jaxaudit.floats import FLOAT32
+from jaxaudit.operations import Value
+from jaxaudit.steps import Kernel
+
+# Gradients, with L2 decay where it is on.
+
+
+def gradient_cpu(k: Kernel) -> Value:
+    """`grad.add(param, alpha=weight_decay)` of ATen on CPU.
+
+    The vectorised loop rounds once (a product of two 16-bit values is exact in float32). The scalar loop of
+    16-bit formats rounds the product to the storage format first; so does all of a build without fused
+    multiply-add. In float32, and in fused optimizers, both loops are alike.
+    """
+    g, ops = k.plain_gradient(), k.ops
+    if k.step.decay != "l2":
+        return g
+    if not k.step.rounds_operators or k.step.storage is FLOAT32:
+        return k.fused(k.s["l2"], k.x["param"], g, "the L2 term")
+    product = k.rounded(ops.multiply(k.s["l2"], k.x["param"]), "the L2 product")
+    scalar = k.rounded(ops.add(g, product), "the decayed gradient")
+    if not k.step.fuses:
+        return scalar
+    vector = k.rounded(ops.fma(k.s["l2"], k.x["param"], g), "the decayed gradient")
+    return ops.where(k.tail(), scalar, vector)
+
+
+def gradient_cuda(k: Kernel) -> Value:
+    """`grad.add(param, alpha=weight_decay)` of ATen on CUDA: fused, one rounding."""
+    g = k.plain_gradient()
+    if k.step.decay != "l2":
+        return g
+    return k.rounded(k.fused(k.s["l2"], k.x["param"], g, "the L2 term"), "the decayed gradient")
+
+
+# First moments.
+
+
+def exp_avg_lerp(k: Kernel) -> Value:
+    """`lerp(m, g, 1 - beta1)`: fma(w, g - m, m); where w >= 0.5 fma(w - 1, g - m, g)."""
+    g, m = k.gradient(), k.x["exp_avg"]
+    if k.step.interpolation == "mixed":
+        start = k.ops.where(k.s["from_end"] != 0, g, m)
+    else:
+        start = g if k.step.interpolation == "end" else m
+    change = k.ops.subtract(g, m)
+    return k.fused(k.s["exp_avg_weight"], change, start, "the interpolation of exp_avg")
+
+
+def exp_avg_fused_cuda(k: Kernel) -> Value:
+    """fma(beta1, m, fma(-beta1, g, g)), all in float32."""
+    g, beta1 = k.gradient(), k.s["beta1"]
+    rest = k.fused(k.ops.negate(beta1), g, g, "(1 - beta1) * grad")
+    return k.fused(beta1, k.x["exp_avg"], rest, "exp_avg")
+
+
+def exp_avg_fused_cuda_legacy(k: Kernel) -> Value:
+    """beta1*m + (1 - beta1)*g in double, rounded to float32 once; either product may be the fused one."""
+    ops, g, m = k.ops, k.ops.wide(k.gradient()), k.ops.wide(k.x["exp_avg"])
+    if k.meets("fusion in exp_avg, of the other product"):
+        return ops.narrow(
+            ops.wide_fma(k.s["beta1"], m, ops.wide_multiply(k.s["one_minus_beta1"], g))
+        )
+    return ops.narrow(ops.wide_fma(k.s["one_minus_beta1"], g, ops.wide_multiply(k.s["beta1"], m)))
+
+
+# Second moments.
+
+
+def exp_avg_sq_cpu(k: Kernel) -> Value:
+    """`v.mul(beta2)`, then `addcmul(g, g, value=1 - beta2)`: fma((1 - beta2)*g, g, v)."""
+    g = k.gradient()
+    decayed = k.ops.multiply(k.x["exp_avg_sq"], k.s["beta2"])
+    decayed = k.rounded(decayed, "the decayed exp_avg_sq", k.step.exp_avg_sq_format)
+    scaled = k.ops.multiply(k.s["exp_avg_sq_weight"], g)
+    return k.fused(scaled, g, decayed, "exp_avg_sq")
+
+
+def exp_avg_sq_fused_cpu(k: Kernel) -> Value:
+    """As `exp_avg_sq_cpu`, unrounded; the scalar loop fuses the other product: fma(v, beta2, (c*g)*g)."""
+    g, ops, v = k.gradient(), k.ops, k.x["exp_avg_sq"]
+    scaled = ops.multiply(k.s["exp_avg_sq_weight"], g)
+    vector = k.fused(scaled, g, ops.multiply(v, k.s["beta2"]), "exp_avg_sq")
+    if not k.step.fuses:
+        return vector
+    return ops.where(k.tail(), ops.fma(v, k.s["beta2"], ops.multiply(scaled, g)), vector)
+
+
+def exp_avg_sq_cuda(k: Kernel) -> Value:
+    """As `exp_avg_sq_cpu` with the square first: fma(1 - beta2, g*g, v)."""
+    g = k.gradient()
+    decayed = k.ops.multiply(k.x["exp_avg_sq"], k.s["beta2"])
+    decayed = k.rounded(decayed, "the decayed exp_avg_sq", k.step.exp_avg_sq_format)
+    square = k.ops.multiply(g, g)
+    return k.fused(k.s["exp_avg_sq_weight"], square, decayed, "exp_avg_sq")
+
+
+def exp_avg_sq_fused_cuda(k: Kernel) -> Value:
+    """fma(beta2, v, fma(-beta2, g*g, g*g)), all in float32."""
+    g, beta2 = k.gradient(), k.s["beta2"]
+    square = k.ops.multiply(g, g)
+    rest = k.fused(k.ops.negate(beta2), square, square, "(1 - beta2) * grad^2")
+    return k.fused(beta2, k.x["exp_avg_sq"], rest, "exp_avg_sq")
+
+
+def exp_avg_sq_fused_cuda_legacy(k: Kernel) -> Value:
+    """beta2*v + ((1 - beta2)*g)*g in double, rounded to float32 once; either product may be the fused one."""
+    ops, g, v = k.ops, k.ops.wide(k.gradient()), k.ops.wide(k.x["exp_avg_sq"])
+    scaled = ops.wide_multiply(k.s["one_minus_beta2"], g)
+    if k.meets("fusion in exp_avg_sq, of the other product"):
+        return ops.narrow(ops.wide_fma(k.s["beta2"], v, ops.wide_multiply(scaled, g)))
+    return ops.narrow(ops.wide_fma(scaled, g, ops.wide_multiply(k.s["beta2"], v)))
+
+
+def largest(k: Kernel) -> Value:
+    """`torch.maximum(v_max, v)`: NaN where either is NaN."""
+    old, new = k.x["max_exp_avg_sq"], k.new_exp_avg_sq()
+    return k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
+
+
+def largest_fused_cpu(k: Kernel) -> Value:
+    """As `largest`; the scalar loop takes `v_max < v ? v : v_max`, which leaves out a NaN in v."""
+    old, new = k.x["max_exp_avg_sq"], k.new_exp_avg_sq()
+    vector = k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
+    return k.ops.where(k.tail(), k.ops.where(k.ops.less(old, new), new, old), vector)
+
+
+# New weights.
+
+
+def decayed_weight(k: Kernel) -> Value:
+    """`p.mul(1 - lr*weight_decay)` where decay is decoupled."""
+    if k.step.decay != "decoupled":
+        return k.x["param"]
+    return k.rounded(k.ops.multiply(k.x["param"], k.s["decay"]), "the decayed weight")
+
+
+def denominator(k: Kernel) -> Value:
+    """`(sqrt(v) / sqrt(1 - beta2^t)) + eps`."""
+    fmt = k.step.exp_avg_sq_format
+    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
+    root = k.rounded(k.ops.divide(root, k.s["bias_correction2_sqrt"]), "the corrected root", fmt)
+    return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
+
+
+def reciprocal_denominator(k: Kernel) -> Value:
+    """`denominator` where the root is multiplied by the reciprocal of its bias correction."""
+    fmt = k.step.exp_avg_sq_format
+    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
+    root = k.ops.multiply(root, k.s["reciprocal_bias_correction2_sqrt"])
+    root = k.rounded(root, "the corrected root", fmt)
+    return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
+
+
+def param_cpu(k: Kernel) -> Value:
+    """`addcdiv(m, d, value=-step_size)` on CPU: p + (value*m)/d."""
+    weight = decayed_weight(k)
+    numerator = k.ops.multiply(k.s["step_size"], k.new_exp_avg())
+    return k.ops.add(weight, k.ops.divide(numerator, denominator(k)))
+
+
+def param_cuda(k: Kernel) -> Value:
+    """`addcdiv(m, d, value=-step_size)` on CUDA: fma(value, m/d, p)."""
+    quotient = k.ops.divide(k.new_exp_avg(), denominator(k))
+    return k.fused(k.s["step_size"], quotient, decayed_weight(k), "the update")
+
+
+def param_cuda_reciprocal(k: Kernel) -> Value:
+    """As `param_cuda`; the loop over tensors divides by a Python number, which multiplies by its reciprocal."""
+    quotient = k.ops.divide(k.new_exp_avg(), reciprocal_denominator(k))
+    return k.fused(k.s["step_size"], quotient, decayed_weight(k), "the update")
+
+
+def param_fused_cuda(k: Kernel) -> Value:
+    """Compute p - (step_size*m)/d in float32; decoupled decay is fma(-(lr*weight_decay), p, p)."""
+    weight = k.x["param"]
+    if k.step.decay == "decoupled":
+        weight = k.fused(k.s["minus_rate_times_decay"], weight, weight, "the decayed weight")
+    numerator = k.ops.multiply(k.s["step_size"], k.new_exp_avg())
+    return k.ops.add(weight, k.ops.divide(numerator, denominator(k)))
+
+
+def param_fused_cuda_legacy(k: Kernel) -> Value:
+    """As `param_fused_cuda`, with products by hyperparameters and the sum with eps in double."""
+    ops, weight = k.ops, k.x["param"]
+    if k.step.decay == "decoupled":
+        wide = ops.wide(weight)
+        weight = ops.narrow(ops.wide_fma(k.s["minus_rate_times_decay"], wide, wide))
+    root = ops.divide(k.sqrt(k.new_second_moment()), k.s["bias_correction2_sqrt"])
+    divisor = ops.narrow(ops.wide_add(ops.wide(root), k.s["epsilon"]))
+    numerator = ops.multiply(k.s["step_size"], k.new_exp_avg())
+    return ops.add(weight, ops.divide(numerator, divisor))
+
+
+def gradient_fused_cuda_legacy(k: Kernel) -> Value:
+    """Compute grad + param*weight_decay in double, rounded to float32 once."""
+    g, ops = k.plain_gradient(), k.ops
+    if k.step.decay != "l2":
+        return g
+    return ops.narrow(ops.wide_fma(ops.wide(k.x["param"]), k.s["l2"], ops.wide(g)))
+
+
+def param_textbook(k: Kernel) -> Value:
+    """Compute p - (lr * (m / (1 - beta1^t))) / (sqrt(v / (1 - beta2^t)) + eps), from left to right."""
+    ops = k.ops
+    corrected = ops.divide(k.new_exp_avg(), k.s["bias_correction1"])
+    root = ops.sqrt(ops.divide(k.new_second_moment(), k.s["bias_correction2"]))
+    change = ops.multiply(k.s["learning_rate"], corrected)
+    return ops.subtract(decayed_weight(k), ops.divide(change, ops.add(root, k.s["epsilon"])))
+
+
+# capturable=True: the step count and what is made of it are float32 tensors.
+
+
+def param_capturable_loop(k: Kernel) -> Value:
+    """`denom = (sqrt(v) / (bias_correction2_sqrt * -step_size)) + eps / -step_size; p.addcdiv(m, denom)`.
+
+    `capturable_divisor` and `capturable_epsilon` are these two scalars. On CUDA addcdiv of value 1 is the
+    quotient added.
+    """
+    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)")
+    root = k.rounded(k.ops.divide(root, k.s["capturable_divisor"]), "the corrected root")
+    divisor = k.rounded(k.ops.add(root, k.s["capturable_epsilon"]), "the denominator")
+    return k.ops.add(decayed_weight(k), k.ops.divide(k.new_exp_avg(), divisor))
+
+
+def param_capturable_foreach(k: Kernel) -> Value:
+    """sqrt(v) divided by the root of its bias correction, + eps, divided by minus the step size; p + m/d."""
+    divisor = denominator(k)
+    divisor = k.rounded(k.ops.divide(divisor, k.s["capturable_divisor"]), "the scaled denominator")
+    return k.ops.add(decayed_weight(k), k.ops.divide(k.new_exp_avg(), divisor))

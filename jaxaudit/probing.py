@@ -1,0 +1,286 @@
+"""A few elements of a few timesteps, on which NumPy tries many candidates in little time.
+
+What NumPy finds is exact for every input, so a candidate that gets a bit of a probe wrong is out. One that gets
+all of it right must still replay the whole recording.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit import floats
+from jaxaudit.arithmetics import chunk_tails, depends_on_tail, tail_elements
+from jaxaudit.operations import NumpyOperations
+from jaxaudit.recording import Recording
+from jaxaudit.scalars import EXACT, Nudge, scalars_of
+from jaxaudit.steps import Scalars, Stage, Step
+from jaxaudit.workbench import Candidate, Workbench
+
+_OPS = NumpyOperations()
+
+#: Largest part of a timestep that is read to choose elements from.
+_READ = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """Elements of some timesteps.
+
+    Attributes:
+        bench: of the recording.
+        timesteps: which timesteps, ascending.
+        positions: position of each element within the whole parameter, (n,).
+        parameter_size: elements of the whole parameter.
+        before: decoded float32 values (timesteps, n) of each recorded tensor before each timestep; `grad` too.
+        after: the same after each timestep; param, moments and so on.
+        contiguous: the timesteps are the recording's first ones, so that what was not recorded can be run.
+    """
+
+    bench: Workbench
+    timesteps: tuple[int, ...]
+    positions: NDArray[np.int64]
+    parameter_size: int
+    before: Mapping[str, NDArray[np.float32]]
+    after: Mapping[str, NDArray[np.float32]]
+    contiguous: bool
+    _memory: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Elements compared in each stage."""
+        return len(self.timesteps) * self.positions.size
+
+    def mismatches(self, candidate: Candidate, stage: Stage) -> int:
+        """Count the elements that a candidate gets wrong in a stage; exact for every input.
+
+        Where scalars are not known exactly, each timestep counts under the best of their values.
+        """
+        step = self.bench.step(candidate)
+        nudges = candidate.arithmetic.nudges(candidate.given) if stage == "param" else (EXACT,)
+        best = self._wrong_by_timestep(candidate, step, stage, EXACT)
+        for nudge in nudges[1:]:
+            if not best.any():
+                break
+            best = np.minimum(best, self._wrong_by_timestep(candidate, step, stage, nudge))
+        return int(best.sum())
+
+    def wrong(self, candidate: Candidate, stage: Stage, nudge: Nudge = EXACT) -> NDArray[np.bool_]:
+        """Mark the elements that a candidate gets wrong, (timesteps, n)."""
+        step = self.bench.step(candidate)
+        if not depends_on_tail(candidate.arithmetic, step):
+            return self._wrong(candidate, step, stage, nudge, None)
+        tail = self.tail(candidate, step)
+        if self._runs_freely(step, stage):
+            return self._wrong(candidate, step, stage, nudge, tail)
+        # Which elements are in the tail depends on the threads, of which many numbers are tried.
+        inside, outside = (
+            self._wrong(candidate, step, stage, nudge, np.full(tail.shape, bit, np.uint8))
+            for bit in (1, 0)
+        )
+        return np.where(tail != 0, inside, outside)
+
+    def tail(self, candidate: Candidate, step: Step) -> NDArray[np.uint8]:
+        """Mark the elements of a vectorised kernel's scalar loop, (n,)."""
+        return tail_elements(
+            candidate.arithmetic,
+            step.storage,
+            self.positions,
+            self.parameter_size,
+            candidate.options.threads,
+        )
+
+    def scalars(self, candidate: Candidate, nudge: Nudge = EXACT) -> Scalars:
+        """Compute the scalars of the probe's timesteps."""
+        given = candidate.given
+        rates = given.learning_rate[np.array(self.timesteps) - 1]
+        return scalars_of(
+            self.bench.step(candidate),
+            candidate.arithmetic.rule,
+            dataclasses.replace(given, learning_rate=rates),
+            self.timesteps,
+            [nudge] * len(self.timesteps),
+        )
+
+    def inputs(self, candidate: Candidate, stage: Stage) -> dict[str, NDArray[Any]]:
+        """Return what a stage of a candidate reads, run freely where it was not recorded."""
+        step = self.bench.step(candidate)
+        found: dict[str, NDArray[Any]] = dict(self.before)
+        found |= {f"new_{name}": values for name, values in self.after.items()}
+        if self._runs_freely(step, stage):
+            found |= self._run(candidate, step)
+        return found
+
+    def recorded(self, stage: Stage) -> NDArray[np.float32]:
+        """Return the recorded values that a stage is compared with, (timesteps, n)."""
+        return self.after[stage]
+
+    def replay(
+        self,
+        step: Step,
+        stage: Stage,
+        scalars: Scalars,
+        x: Mapping[str, NDArray[Any]],
+    ) -> NDArray[np.float32]:
+        """Compute a stage in NumPy."""
+        columns = {name: value[:, None] for name, value in scalars.items()}
+        with np.errstate(all="ignore"):
+            return np.asarray(step.replay_recorded(stage, _OPS, columns, x))
+
+    def _wrong_by_timestep(
+        self, candidate: Candidate, step: Step, stage: Stage, nudge: Nudge
+    ) -> NDArray[np.int64]:
+        return self.wrong(candidate, stage, nudge).sum(axis=1)
+
+    def _wrong(
+        self,
+        candidate: Candidate,
+        step: Step,
+        stage: Stage,
+        nudge: Nudge,
+        tail: NDArray[np.uint8] | None,
+    ) -> NDArray[np.bool_]:
+        scalars = self.scalars(candidate, nudge)
+        free = self._runs_freely(step, stage)
+        bits = b"".join(scalars[name].tobytes() for name in sorted(scalars))
+        key = (
+            step if free else step.stripped(stage),
+            stage,
+            bits,
+            None if tail is None else tail.tobytes(),
+        )
+        if key not in self._memory:
+            x = self.inputs(candidate, stage) | {"tail": np.uint8(0) if tail is None else tail}
+            found = self.replay(step, stage, scalars, x)
+            a, b = (np.ascontiguousarray(v).view(np.uint32) for v in (found, self.recorded(stage)))
+            self._memory[key] = floats.differ(a, b)
+        return self._memory[key]
+
+    def _runs_freely(self, step: Step, stage: Stage) -> bool:
+        hidden = {*self.bench.replayer.hidden(step)}
+        return bool(hidden & {name.removeprefix("new_") for name in step.reads(stage)})
+
+    def _run(self, candidate: Candidate, step: Step) -> dict[str, NDArray[Any]]:
+        """Run what was not recorded from its start, as `replay.FreeRun` does."""
+        assert self.contiguous  # the probe was chosen so
+        hidden = self.bench.replayer.hidden(step)
+        scalars = self.scalars(candidate)
+        depends = depends_on_tail(candidate.arithmetic, step)
+        tail = self.tail(candidate, step) if depends else np.uint8(0)
+        state = {name: self._start(step, name) for name in hidden}
+        before: dict[str, list[Any]] = {name: [] for name in hidden}
+        after: dict[str, list[Any]] = {name: [] for name in hidden}
+        for k in range(len(self.timesteps)):
+            known = {name: values[k] for name, values in self.before.items()}
+            x = known | state | {"tail": tail}
+            recorded = {n: v[k] for n, v in self.after.items() if n not in hidden}
+            at = {name: value[k] for name, value in scalars.items()}
+            with np.errstate(all="ignore"):
+                new = step.advance(_OPS, at, x, recorded)
+            for name in hidden:
+                before[name].append(state[name])
+                after[name].append(new[name])
+            state = {name: new[name] for name in hidden}
+        found = {name: np.stack(values) for name, values in before.items()}
+        return found | {f"new_{name}": np.stack(values) for name, values in after.items()}
+
+    def _start(self, step: Step, name: str) -> NDArray[np.float32]:
+        if name in self.before:
+            return floats.round_to(self.before[name][0], step.format_of(name))
+        return np.zeros(self.positions.size, np.float32)
+
+
+def probe(bench: Workbench, timesteps: Sequence[int], count: int) -> Probe:
+    """Read a probe.
+
+    Args:
+        bench: of the recording.
+        timesteps: which timesteps of the recording.
+        count: about how many elements of each.
+    """
+    recording = bench.recording
+    spans = _spans(recording)
+    chosen = _choose(recording, spans, count)
+    order = tuple(sorted({*timesteps}))
+    positions, size = recording.parameter_elements()
+    before: dict[str, list[Any]] = {name: [] for name in recording.formats}
+    after: dict[str, list[Any]] = {name: [] for name in recording.formats if name != "grad"}
+    for t in order:
+        parts = [_read(recording, t, span, chosen) for span in spans]
+        for name in recording.formats:
+            values = np.concatenate([part[name] for part in parts], axis=-1)
+            before[name].append(values[0])
+            if name != "grad":
+                after[name].append(values[1])
+    return Probe(
+        bench,
+        order,
+        positions[chosen],
+        size,
+        {name: np.stack(values) for name, values in before.items()},
+        {name: np.stack(values) for name, values in after.items()},
+        order == tuple(range(1, len(order) + 1)),
+    )
+
+
+def scattered(bench: Workbench) -> tuple[int, ...]:
+    """Choose early, middle and late timesteps; the first ones tell most about the bias corrections."""
+    first, last = bench.steps[0], bench.steps[1] - 1
+    early = (first, first + 1, first + 2, first + 9)
+    return tuple(
+        sorted({t for t in (*early, (first + last) // 2, last - 1, last) if first <= t <= last})
+    )
+
+
+def _spans(recording: Recording) -> list[tuple[int, int]]:
+    """Choose the row ranges to read: all, or the first, some in the middle, and the last."""
+    if recording.step_elements <= _READ:
+        return [(0, recording.tokens)]
+    rows = max(1, _READ // 3 // recording.width)
+    starts = sorted({0, (recording.tokens - rows) // 2, recording.tokens - rows})
+    return [(max(start, 0), min(start + rows, recording.tokens)) for start in starts]
+
+
+def _choose(
+    recording: Recording, spans: Sequence[tuple[int, int]], count: int
+) -> NDArray[np.int64]:
+    """Choose elements: all over, and those at the ends of tensor and chunks, where kernels differ."""
+    width = recording.width
+    there = np.concatenate([np.arange(a * width, b * width) for a, b in spans])
+    if there.size <= count:
+        return there
+    rng = np.random.default_rng(11)
+    usual = rng.choice(there, count, replace=False)
+    special = there[_special(recording, there)]
+    if special.size > count:
+        special = rng.choice(special, count, replace=False)
+    return np.unique(np.concatenate([usual, special, there[:64], there[-64:]]))
+
+
+def _special(recording: Recording, elements: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark the elements that are at the end of a thread's chunk for some number of threads."""
+    given = recording.hyperparameters
+    positions, size = recording.parameter_elements()
+    if given is None or given.weight_decay == 0 or recording.storage is floats.FLOAT32:
+        return np.zeros(elements.size, bool)
+    chunks = {min(threads, -(-size // 32768)) for threads in range(1, 65)}
+    marks = (chunk_tails(positions[elements], size, threads) != 0 for threads in sorted(chunks))
+    return functools.reduce(np.logical_or, marks)
+
+
+def _read(
+    recording: Recording, t: int, span: tuple[int, int], chosen: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    window, width = recording.at(t, span), recording.width
+    begin, end = np.searchsorted(chosen, (span[0] * width, span[1] * width))
+    index = chosen[begin:end] - span[0] * width
+    return {
+        name: floats.decode(
+            np.ascontiguousarray(array.reshape(array.shape[0], -1)[:, index]),
+            recording.formats[name],
+        )
+        for name, array in window.tensors.items()
+    }

@@ -1,0 +1,323 @@
+"""Each step's scalars as implementations compute them: in Python doubles, in float32, or in the storage format.
+
+A rule takes the hyperparameters of one step and returns its scalars by name, as Python floats that are rounded
+to float32 at the end (names in `WIDE` stay doubles):
+
+* `exp_avg_weight`: of lerp, counted from the end where it is at least 0.5; `from_end` is then 1.
+* `beta1`, `beta2`, `exp_avg_sq_weight` (1 - beta2): of the moments.
+* `l2`: weight decay added to the gradient; `decay`: 1 - lr*weight_decay, by which the weight is multiplied.
+* `bias_correction1`, `bias_correction2`, `bias_correction2_sqrt` and its reciprocal: 1 - beta^t and its root.
+* `step_size`: -lr / bias_correction1. `epsilon`, `learning_rate`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxaudit.floats import Format, round_scalar
+from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.steps import Scalars, Step
+
+F32 = np.float32
+
+
+class Nudge(NamedTuple):
+    """Where within its uncertainty a scalar lies that is not known exactly.
+
+    Attributes:
+        rate: place of the trainer's double between the midpoints around the stored float32 learning rate, -1
+            to 1.
+        power1: ulps by which the device's float32 beta1^t is off.
+        power2: the same for beta2^t.
+        root: ulps by which the float32 root of the second bias correction is off.
+    """
+
+    rate: float = 0.0
+    power1: int = 0
+    power2: int = 0
+    root: int = 0
+
+
+EXACT = Nudge()
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """The hyperparameters of one step.
+
+    Attributes:
+        rate: learning rate.
+        t: step count of the bias corrections; infinite where there are none.
+        given: all others.
+        storage: format of the weights, and what scalars are rounded to where an implementation does so.
+        second: format of the second moment; scalars that meet it are rounded to this one.
+        nudge: see `Nudge`.
+    """
+
+    rate: float
+    t: float
+    given: Hyperparameters
+    storage: Format
+    second: Format
+    nudge: Nudge = EXACT
+
+    @property
+    def corrected_beta2(self) -> float:
+        """Return the beta2 of the bias correction."""
+        given = self.given
+        return given.beta2 if given.corrected_beta2 is None else given.corrected_beta2
+
+    def powers(self) -> tuple[float, float]:
+        """Return beta1^t and beta2^t as Python computes them; 0 without bias correction."""
+        if math.isinf(self.t):
+            return 0.0, 0.0
+        return self.given.beta1**self.t, self.corrected_beta2**self.t
+
+    def powers32(self, *, single: bool = False) -> tuple[np.float32, np.float32]:
+        """Return beta1^t and beta2^t as float32.
+
+        Args:
+            single: the betas themselves are float32.
+        """
+        if math.isinf(self.t):
+            return F32(0), F32(0)
+        betas = (self.given.beta1, self.corrected_beta2)
+        if single:
+            betas = (float(F32(betas[0])), float(F32(betas[1])))
+        ulps = (self.nudge.power1, self.nudge.power2)
+        found = [_ulps_off(F32(beta**self.t), k) for beta, k in zip(betas, ulps, strict=True)]
+        return found[0], found[1]
+
+    def root32(self, value: np.float32) -> np.float32:
+        """Return the float32 square root."""
+        return _ulps_off(np.sqrt(value), self.nudge.root)
+
+
+Rule = Callable[[Moment], dict[str, float]]
+
+#: Prefix of scalars that enter formulas as doubles.
+WIDE = "wide "
+
+
+def scalars_of(
+    step: Step,
+    rule: Rule,
+    given: Hyperparameters,
+    timesteps: Sequence[int],
+    nudges: Sequence[Nudge] | None = None,
+) -> Scalars:
+    """Compute the scalars of some timesteps.
+
+    Args:
+        step: what to compute them for.
+        rule: how.
+        given: the hyperparameters; `learning_rate[k]` belongs to `timesteps[k]`.
+        timesteps: of the recording, from 1; `given.count` turns them into step counts.
+        nudges: one for each timestep, where scalars are not known exactly.
+
+    Returns:
+        Arrays of shape (T,): float32, or float64 where the formula asks for doubles.
+    """
+    rates = given.learning_rate.tolist()
+    rows = [
+        rule(
+            Moment(
+                _place(rate, nudge.rate),
+                given.count.at(t),
+                given,
+                step.storage,
+                step.exp_avg_sq_format,
+                nudge,
+            )
+        )
+        for t, rate, nudge in zip(timesteps, rates, nudges or [EXACT] * len(rates), strict=True)
+    ]
+    found = {}
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for name in rows[0]:
+            values = np.array([row[name] for row in rows], np.float64)
+            wide = name.startswith(WIDE)
+            found[name.removeprefix(WIDE)] = values if wide else values.astype(F32)
+    return found
+
+
+def _ulps_off(value: np.float32, ulps: int) -> np.float32:
+    return (value.view(np.int32) + np.int32(ulps)).view(F32)
+
+
+def _place(rate: float, fraction: float) -> float:
+    """Return a double that rounds to the float32 `rate`, at a fraction of the way to the next midpoint."""
+    if not fraction:
+        return rate
+    # A whole half ulp would be the midpoint itself, which may round to the neighbour.
+    return float(F32(rate)) + fraction * 0.4999 * float(np.spacing(F32(rate)))
+
+
+def interpolation_of(given: Hyperparameters) -> bool:
+    """Tell whether lerp starts from its end."""
+    return bool(abs(F32(1 - given.beta1)) >= F32(0.5))
+
+
+def torch(moment: Moment) -> dict[str, float]:
+    """torch.optim.Adam with Python numbers: computed in double, rounded once."""
+    given, rate = moment.given, moment.rate
+    correction1, correction2 = (1 - power for power in moment.powers())
+    return _moments(given) | {
+        "decay": 1 - rate * given.weight_decay,
+        "l2": given.weight_decay,
+        "learning_rate": rate,
+        "bias_correction1": correction1,
+        "bias_correction2": correction2,
+        "bias_correction2_sqrt": correction2**0.5,
+        "reciprocal_bias_correction2_sqrt": _divide(1, correction2**0.5),
+        "step_size": -_divide(rate, correction1),
+        "epsilon": given.epsilon,
+    }
+
+
+def _moments(given: Hyperparameters) -> dict[str, float]:
+    weight = F32(1 - given.beta1)
+    from_end = interpolation_of(given)
+    return {
+        "exp_avg_weight": float(weight - F32(1) if from_end else weight),
+        "from_end": float(from_end),
+        "beta2": given.beta2,
+        "exp_avg_sq_weight": 1 - given.beta2,
+    }
+
+
+def _divide(a: float, b: float) -> float:
+    """Divide as IEEE 754 does."""
+    with np.errstate(all="ignore"):
+        return float(np.float64(a) / np.float64(b))
+
+
+def storage_rounded(rule: Rule, *names: str) -> Rule:
+    """Round some of a rule's scalars to the format of the tensor that they meet, by way of float32."""
+
+    def rounded(moment: Moment) -> dict[str, float]:
+        found = rule(moment)
+        formats = {name: moment.second if name in _OF_SECOND else moment.storage for name in names}
+        return found | {name: float(round_scalar(found[name], formats[name])) for name in names}
+
+    return rounded
+
+
+#: Scalars that meet the second moment, or what is made of it.
+_OF_SECOND = {
+    "beta2",
+    "epsilon",
+    "bias_correction2_sqrt",
+    "capturable_divisor",
+    "capturable_epsilon",
+}
+
+
+def single_reciprocal(rule: Rule) -> Rule:
+    """Take the reciprocal of the corrected root in float32, as older versions of torch on CUDA do."""
+
+    def single(moment: Moment) -> dict[str, float]:
+        found = rule(moment)
+        with np.errstate(divide="ignore"):
+            reciprocal = F32(1) / F32(found["bias_correction2_sqrt"])
+        return found | {"reciprocal_bias_correction2_sqrt": float(reciprocal)}
+
+    return single
+
+
+def tensor_decay(rule: Rule) -> Rule:
+    """Compute the factor of decoupled decay with the learning rate as a float32 tensor."""
+
+    def with_tensor(moment: Moment) -> dict[str, float]:
+        with np.errstate(all="ignore"):
+            decay = F32(1) - F32(moment.rate) * F32(moment.given.weight_decay)
+        return rule(moment) | {"decay": float(decay)}
+
+    return with_tensor
+
+
+def tensor_rate(rule: Rule) -> Rule:
+    """Compute with the learning rate as a float32 tensor, as torch's loop does when it is given one."""
+
+    def with_tensor(moment: Moment) -> dict[str, float]:
+        found = tensor_decay(rule)(moment)
+        with np.errstate(all="ignore"):
+            step_size = -(F32(moment.rate) / F32(found["bias_correction1"]))
+        return found | {"step_size": float(step_size)}
+
+    return with_tensor
+
+
+def fused_cuda(moment: Moment) -> dict[str, float]:
+    """Torch's fused CUDA kernel since 2.11: every hyperparameter is a float32, and so is what is made of them."""
+    given, rate = moment.given, F32(moment.rate)
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (F32(1) - power for power in moment.powers32(single=True))
+        return {
+            "beta1": given.beta1,
+            "beta2": given.beta2,
+            "l2": given.weight_decay,
+            "minus_rate_times_decay": float(-(rate * F32(given.weight_decay))),
+            "bias_correction2_sqrt": float(moment.root32(correction2)),
+            "step_size": float(-(rate / correction1)),
+            "epsilon": given.epsilon,
+        }
+
+
+def fused_cuda_legacy(moment: Moment) -> dict[str, float]:
+    """Torch's fused CUDA kernel up to 2.10: hyperparameters stay doubles within expressions."""
+    given = moment.given
+    power1, power2 = moment.powers()
+    return {
+        WIDE + "beta1": given.beta1,
+        WIDE + "one_minus_beta1": 1 - given.beta1,
+        WIDE + "beta2": given.beta2,
+        WIDE + "one_minus_beta2": 1 - given.beta2,
+        WIDE + "l2": given.weight_decay,
+        WIDE + "minus_rate_times_decay": -(moment.rate * given.weight_decay),
+        "bias_correction2_sqrt": (1 - power2) ** 0.5,
+        "step_size": -_divide(moment.rate, float(F32(1 - power1))),
+        WIDE + "epsilon": given.epsilon,
+    }
+
+
+def capturable_loop(moment: Moment) -> dict[str, float]:
+    """capturable=True, one tensor at a time; the learning rate is a Python number.
+
+    A number divided by a tensor is the tensor's reciprocal times the number.
+    """
+    return _capturable_loop(moment, torch(moment), lambda rate, x: (F32(1) / x) * rate)
+
+
+def capturable_loop_tensor_rate(moment: Moment) -> dict[str, float]:
+    """As `capturable_loop`, with the learning rate a float32 tensor."""
+    return _capturable_loop(moment, tensor_rate(torch)(moment), lambda rate, x: rate / x)
+
+
+def _capturable_loop(
+    moment: Moment, found: dict[str, float], divide: Callable[[np.float32, np.float32], np.float32]
+) -> dict[str, float]:
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        minus_size = -divide(F32(moment.rate), correction1)
+        divisor = moment.root32(correction2) * minus_size
+        epsilon = (F32(1) / minus_size) * F32(moment.given.epsilon)
+    return found | {
+        "capturable_divisor": float(divisor),
+        "capturable_epsilon": float(epsilon),
+    }
+
+
+def capturable_foreach(moment: Moment) -> dict[str, float]:
+    """capturable=True over lists of tensors; a float32 tensor as learning rate changes the decay only."""
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (power - F32(1) for power in moment.powers32())
+        divisor = F32(1) / (correction1 / F32(moment.rate))
+        root = moment.root32(-correction2)
+    return torch(moment) | {
+        "bias_correction2_sqrt": float(root),
+        "capturable_divisor": float(divisor),
+    }
