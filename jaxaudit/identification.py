@@ -10,6 +10,7 @@ correction, learning rates of the neighbouring row.
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from jaxaudit import results
+from jaxaudit import floats, results
 from jaxaudit.arithmetics import (
     CATALOGUE,
     VARIANTS,
@@ -27,18 +28,19 @@ from jaxaudit.arithmetics import (
 )
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, round_scalar
-from jaxaudit.hyperparameters import StepCount
+from jaxaudit.hyperparameters import Hyperparameters, StepCount
 from jaxaudit.probing import Probe, probe, scattered
 from jaxaudit.recording import Recording
 from jaxaudit.safetensors_file import FileError
+from jaxaudit.scalars import scalars_of
 from jaxaudit.steps import STAGES, Stage
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 #: Replayed beside the identified arithmetic: what the first analyses of such runs assumed.
 USUAL_ASSUMPTION = "float32-then-bfloat16"
 
-#: Elements of each timestep of a probe.
-_ELEMENTS = 1 << 12
+#: Elements of each timestep of a probe: of the first one, and of the one that survivors are tried on.
+_ELEMENTS, _MORE_ELEMENTS = 1 << 12, 1 << 16
 
 #: Timesteps of the probe from the start, for what was not recorded.
 _RUN = 24
@@ -79,21 +81,29 @@ class Identifier:
 
     def __init__(self, bench: Workbench):
         self._bench, self._recording = bench, bench.recording
-        self._probes: dict[bool, Probe] = {}
+        self._probes: dict[tuple[bool, int], Probe] = {}
 
     def rank(self) -> list[Finding]:
-        """Find the best candidate of every name: those that fit first, then by the share of mismatches."""
-        names = list(_conceivable(self._recording))
-        found = [self.best(name) for name in names]
+        """Find the best candidate of every name, in the order of `sort`."""
+        found = [self.best(name) for name in _conceivable(self._recording)]
         if not any(finding.fits for finding in found):
             found = [self._repaired(finding) for finding in found]
-        return sorted(found, key=lambda finding: (not finding.fits, finding.share))
+        return self.sort(found)
+
+    def sort(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Put those that fit first, what the metadata claim before others, then by the share of mismatches."""
+        claimed = _claimed_name(self._recording)
+        return sorted(
+            findings, key=lambda f: (not f.fits, f.share, f.candidate.arithmetic.name != claimed)
+        )
 
     def best(self, name: str) -> Finding:
         """Find the variant and the options of a name under which the fewest bits are wrong."""
         best: Finding | None = None
         for candidate in self._candidates(name):
             finding = self.judge(candidate, best)
+            if finding and finding.fits:
+                finding = self.judge(candidate, elements=_MORE_ELEMENTS)
             if finding and (best is None or finding.share < best.share):
                 best = finding
             if best and best.fits:
@@ -101,9 +111,11 @@ class Identifier:
         assert best is not None
         return best
 
-    def judge(self, candidate: Candidate, best: Finding | None = None) -> Finding | None:
+    def judge(
+        self, candidate: Candidate, best: Finding | None = None, elements: int = _ELEMENTS
+    ) -> Finding | None:
         """Count a candidate's mismatches; None as soon as they are more than another's."""
-        stages, probe = self._bench.stages(candidate), self._probe(candidate)
+        stages, probe = self._bench.stages(candidate), self._probe(candidate, elements)
         counts: dict[Stage, int | None] = dict.fromkeys(STAGES)
         for stage in stages:
             counts[stage] = probe.mismatches(candidate, stage)
@@ -142,13 +154,14 @@ class Identifier:
                 return finding
         return "no element was found that tells them apart"
 
-    def _probe(self, candidate: Candidate) -> Probe:
+    def _probe(self, candidate: Candidate, elements: int = _ELEMENTS) -> Probe:
         free = bool(self._bench.hidden(candidate))
-        if free not in self._probes:
+        key = (free, elements)
+        if key not in self._probes:
             last = min(_RUN, self._recording.steps)
             timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench)
-            self._probes[free] = probe(self._bench, timesteps, _ELEMENTS)
-        return self._probes[free]
+            self._probes[key] = probe(self._bench, timesteps, elements)
+        return self._probes[key]
 
     def _candidates(self, name: str) -> Iterator[Candidate]:
         given = self._recording.hyperparameters
@@ -171,6 +184,8 @@ class Identifier:
         for candidate in self._candidates(finding.candidate.arithmetic.name):
             for repaired in self._repairs(candidate):
                 judged = self.judge(repaired, best)
+                if judged and judged.fits:
+                    judged = self.judge(repaired, elements=_MORE_ELEMENTS)
                 if judged and judged.share < best.share:
                     best = judged
                 if best.fits:
@@ -267,7 +282,7 @@ def identify(
             )
         if confirm:
             ranked = [_confirmed(bench, f) if f.fits else f for f in ranked]
-        return _label(identifier, ranked, confirm)
+        return _label(identifier, identifier.sort(ranked), recording.hyperparameters, confirm)
 
 
 def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
@@ -312,6 +327,17 @@ def check_names(wanted: str | Sequence[str]) -> None:
 
 def _listed(wanted: str | Sequence[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
+
+
+def _claimed_name(recording: Recording) -> str:
+    """Name the arithmetic that the metadata say the trainer ran; a claim, good for an order at most."""
+    stated = recording.metadata
+    name = f"torch-{stated.get('device', '')}-{stated.get('implementation', '')}"
+    if recording.flag("capturable"):
+        return "torch-capturable"
+    version = re.match(r"(\d+)\.(\d+)", stated.get("torch_version", ""))
+    old = version is not None and (int(version[1]), int(version[2])) < (2, 11)
+    return f"{name}-legacy" if old and name == "torch-cuda-fused" else name
 
 
 def _conceivable(recording: Recording) -> Iterator[str]:
@@ -374,37 +400,33 @@ def _with(candidate: Candidate, **choices: Sequence[Any]) -> list[Candidate]:
 def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> list[int]:
     """Find the counts that the recording's first step can have had, the roundest first.
 
-    A resumed run goes on counting where it was; the recording starts anew at 1. Counts are tried on the
-    elements of the probe's first timestep, fewer and fewer, and then on all of it.
+    A resumed run goes on counting where it was; the recording starts anew at 1. Every count is tried on the
+    weights of the probe's first timestep, part by part as long as it fits.
     """
-    t = probe.timesteps[0]
-    counts = np.arange(1, _COUNTS + 1)
-    x = probe.inputs(candidate, "param")
-    # Candidates of the same scalars are alike: only the first of them is evaluated.
-    many = [dataclasses.replace(candidate.given, count=StepCount(first=1)) for _ in range(1)][0]
-    rates = np.full(counts.size, candidate.given.learning_rate[t - 1])
-    from jaxaudit.scalars import scalars_of
-
+    timestep, counts = probe.timesteps[0], np.arange(1, _COUNTS + 1)
+    rates = np.full(counts.size, candidate.given.learning_rate[timestep - 1])
+    given = dataclasses.replace(candidate.given, count=StepCount(), learning_rate=rates)
     step = bench.step(candidate)
-    given = dataclasses.replace(many, learning_rate=rates)
     scalars = scalars_of(step, candidate.arithmetic.rule, given, counts.tolist())
     table = np.stack([scalars[name] for name in sorted(scalars)], axis=1)
-    _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
-    alive = np.arange(first.size)
-    depends = depends_on_tail(candidate.arithmetic, step)
-    tail = probe.tail(candidate, step) if depends else np.zeros(probe.positions.size, np.uint8)
-    for part in np.array_split(
-        np.arange(probe.positions.size), max(1, probe.positions.size // 128)
-    ):
-        if not alive.size:
-            return []
+    # Counts with the same scalars are alike: the first of them stands for all.
+    _, first, alike = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    alive, x, wanted = (
+        np.arange(first.size),
+        probe.inputs(candidate, "param"),
+        probe.recorded("param"),
+    )
+    size = probe.positions.size
+    tail = probe.tail(candidate, step)
+    for part in np.array_split(np.arange(size), -(-size // 128)):
         chosen = {name: values[first[alive]] for name, values in scalars.items()}
         values = {name: v[:1, part] for name, v in x.items()} | {"tail": tail[part]}
         found = probe.replay(step, "param", chosen, values)
-        wanted = probe.recorded("param")[:1, part]
-        same = np.ascontiguousarray(found).view(np.uint32) == wanted.copy().view(np.uint32)
-        alive = alive[(same | (np.isnan(found) & np.isnan(wanted))).all(axis=1)]
-    possible = counts[np.isin(inverse.reshape(-1), alive)] - t + 1
+        differ = floats.differ(found.view(np.uint32), wanted[:1, part].view(np.uint32))
+        alive = alive[~differ.any(axis=1)]
+        if not alive.size:
+            return []
+    possible = counts[np.isin(alike.reshape(-1), alive)] - timestep + 1
     return sorted(possible[possible >= 1].tolist(), key=_roundness)[:64]
 
 
@@ -462,10 +484,9 @@ def _confirmed(bench: Workbench, finding: Finding) -> Finding:
     return Finding(candidate, counts, compared)
 
 
-def _label(identifier: Identifier, ranked: list[Finding], confirm: bool) -> xr.Dataset:
-    stored = ranked[0].candidate.given if not ranked else identifier._recording.hyperparameters
-    assert stored is not None
-    ranked = sorted(ranked, key=lambda f: (not f.fits, f.share))
+def _label(
+    identifier: Identifier, ranked: list[Finding], stored: Hyperparameters, confirm: bool
+) -> xr.Dataset:
     counts = [[f.mismatches[stage] for stage in STAGES] for f in ranked]
     names = [f.candidate.arithmetic.name for f in ranked]
     numbers = np.array([[results.NOT_AUDITED if c is None else c for c in row] for row in counts])

@@ -145,7 +145,9 @@ class Probe:
     ) -> NDArray[np.bool_]:
         scalars = self.scalars(candidate, nudge)
         free = self._runs_freely(step, stage)
-        bits = b"".join(scalars[name].tobytes() for name in sorted(scalars))
+        read = step.state if free else (stage,)
+        names = sorted({name for each in read for name in step.reads_scalars(each)})
+        bits = b"".join(scalars[name].tobytes() for name in names)
         key = (
             step if free else step.stripped(stage),
             stage,

@@ -6,6 +6,7 @@ after a timestep from those before it, each by a formula (see `formulas`), under
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -99,18 +100,12 @@ class Step:
         return self.recorded_format if stage == "param" else self.format_of(stage)
 
     def reads(self, name: str) -> tuple[str, ...]:
-        """Name the tensors that the formula of a tensor of the state reads (see `Tensors`)."""
-        gradient = ("grad", *(("param",) if self.decay == "l2" else ()))
-        if name in ("exp_avg", "exp_avg_sq"):
-            return _unique(*gradient, name)
-        largest = "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"
-        if name == "max_exp_avg_sq":
-            new = ("new_exp_avg_sq",) if self.reads_stored else (*gradient, "exp_avg_sq")
-            return _unique("max_exp_avg_sq", *new)
-        kept = ("compensation",) if self.compensation else ()
-        if self.reads_stored:
-            return _unique("param", *kept, "new_exp_avg", f"new_{largest}")
-        return _unique("param", *kept, *gradient, "exp_avg", "exp_avg_sq", largest)
+        """Name the tensors that the formula of a tensor of the state reads (see `Tensors`), but for `tail`."""
+        return tuple(x for x in _trial(self, name)[0] if x != "tail")
+
+    def reads_scalars(self, name: str) -> tuple[str, ...]:
+        """Name the scalars that the formula of a tensor of the state reads."""
+        return _trial(self, name)[1]
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -173,12 +168,9 @@ class Step:
             unused |= {"decay": "none"} if self.decay == "l2" else {}
         return dataclasses.replace(self, **unused)
 
-    def points(self, stage: str) -> tuple[str, ...]:
-        """Name the points at which a stage's formula rounds or fuses; each can be altered."""
-        one = np.ones(1, np.float32)
-        kernel = Kernel(self, NumpyOperations(), _Anything(one), _Anything(one))
-        _FORMULAS[stage](kernel)
-        return tuple(kernel.points)
+    def points(self, name: str) -> tuple[str, ...]:
+        """Name the points at which a tensor's formula rounds or fuses; each can be altered."""
+        return _trial(self, name)[2]
 
 
 #: Computes a tensor of the state, before it is rounded to the format in which it is kept.
@@ -275,19 +267,26 @@ _FORMULAS: dict[str, Formula] = {
 
 
 class _Anything(dict[str, Value]):
-    """Answers every name with the same value."""
+    """Answers every name with ones, and remembers the names."""
 
-    def __init__(self, value: Value):
+    def __init__(self) -> None:
         super().__init__()
-        self._value = value
+        self.asked: list[str] = []
 
     def __missing__(self, name: str) -> Value:
-        return self._value
+        if name not in self.asked:
+            self.asked.append(name)
+        return np.ones(1, np.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _trial(step: Step, name: str) -> tuple[tuple[str, ...], ...]:
+    """Run a formula to see which tensors and scalars it asks for, and which points it meets."""
+    tensors, scalars = _Anything(), _Anything()
+    kernel = Kernel(step, NumpyOperations(), scalars, tensors)
+    _FORMULAS[name](kernel)
+    return tuple(tensors.asked), tuple(scalars.asked), tuple(kernel.points)
 
 
 def _nothing(k: Kernel) -> Value:
     raise AssertionError("a stage reads a formula that it was said not to depend on")
-
-
-def _unique(*names: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))

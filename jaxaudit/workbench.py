@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,6 +71,8 @@ class Workbench:
         self._scalars: dict[Candidate, tuple[int, Scalars]] = {}
         self._steps: dict[Candidate, Step] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
+        self._seen: dict[Any, tuple[NDArray[np.uint8], Formulation]] = {}
+        self._seen_in: tuple[int, tuple[int, int]] | None = None
         self._hopeless: dict[Candidate, int] = {}
         #: Nudges of scalars that are not known exactly, by candidate and timestep.
         self.nudges: dict[Candidate, dict[int, Nudge]] = {}
@@ -195,13 +198,26 @@ class Workbench:
         Where a timestep's weights differ, and scalars are not known exactly, other values of these are tried,
         and kept from then on if they fit.
         """
-        program, tail = self.program(candidate, stage), self.tail(candidate, window.rows)
-        scalars = self.scalars(candidate, window)
-        flags, formulation = self.replayer.flags(program, scalars, arrays, tail)
+        program = self.program(candidate, stage)
+        flags, formulation = self._flags(candidate, program, window, arrays)
         if stage == "param" and self._settle(candidate, program, window, arrays, flags):
-            scalars = self.scalars(candidate, window)
-            flags, formulation = self.replayer.flags(program, scalars, arrays, tail)
+            flags, formulation = self._flags(candidate, program, window, arrays)
         return flags[: window.steps], formulation
+
+    def _flags(
+        self, candidate: Candidate, program: Program, window: Window, arrays: Recorded
+    ) -> tuple[NDArray[np.uint8], Formulation]:
+        """Compare, or remember: candidates that are alike in a stage have the same flags there."""
+        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
+        if self._seen_in != (window.first, window.rows):
+            self._seen, self._seen_in = {}, (window.first, window.rows)
+        read = program.step.reads_scalars(program.stage)
+        bits = tuple(scalars[name].tobytes() for name in read)
+        own = candidate if self.hidden(candidate) else None
+        key = (program, bits, id(tail), own)
+        if key not in self._seen:
+            self._seen[key] = self.replayer.flags(program, scalars, arrays, tail)
+        return self._seen[key]
 
     def _settle(
         self,
