@@ -21,7 +21,7 @@ from jaxaudit import formulas, scalars
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.scalars import Nudge, Rule
-from jaxaudit.steps import Decay, Formula, Step
+from jaxaudit.steps import Decay, Formula, Interpolation, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,9 @@ class Arithmetic:
         decays: kinds of weight decay that it has.
         amsgrad: whether it has this option; `maximize`: likewise.
         device_power: beta^t is computed by a device whose powf is not correctly rounded.
+        flushes: see `Step`; `stochastic`: likewise.
+        always_decays: weight decay of zero is computed like any other (it turns -0 into +0).
+        float32_roots: it takes square roots in float32 whatever the format of the weights.
         altered: points of the formulas that are the other way round in this variant.
         confirmed: against what it was compared, bit for bit; "" for nothing yet.
     """
@@ -100,6 +103,10 @@ class Arithmetic:
     amsgrad: bool = True
     maximize: bool = True
     device_power: bool = False
+    flushes: bool = False
+    stochastic: bool = False
+    always_decays: bool = False
+    float32_roots: bool = False
     altered: frozenset[str] = frozenset()
     confirmed: str = ""
 
@@ -138,7 +145,7 @@ def _variants(
 
 
 _BUILDS = {"": {}, "no fused multiply-add": {"fuses": False}}
-_ROOTS = {"": {}, "square root of MKL on AMD": {"square_root": "mkl-amd", "storages": (FLOAT32,)}}
+_ROOTS = {"": {}, "square root of MKL on AMD": {"square_root": "mkl-amd"}}
 
 _TORCH_CPU_TEXT = """\
 AdamW: p = R(p * {decay}). Adam: g = R(g + R(weight_decay)*p), see `formulas.gradient_cpu`.
@@ -305,6 +312,7 @@ _CPU_KERNELS = {
     "gradient": formulas.gradient_cpu,
     "exp_avg_sq": formulas.exp_avg_sq_cpu,
     "tail": "chunks",
+    "float32_roots": True,
 }
 
 
@@ -326,6 +334,8 @@ _CAPTURABLE = {
         "bias_correction2_sqrt",
         "capturable_divisor",
     ),
+}
+_CAPTURABLE_CPU = {
     "CPU kernels": _CPU_KERNELS | _capturable(scalars.capturable_loop, "capturable_epsilon", "l2"),
     "CPU kernels, learning rate a tensor": _CPU_KERNELS
     | _capturable(scalars.capturable_loop_tensor_rate, "capturable_epsilon", "l2"),
@@ -336,6 +346,154 @@ _CAPTURABLE = {
     | _OVER_LISTS
     | _capturable(scalars.tensor_decay(scalars.capturable_foreach), "epsilon", "l2", "beta2"),
 }
+
+_OPTIMI = Arithmetic(
+    name="optimi-kahan",
+    summary="optimi's Adam and AdamW on CPU with Kahan summation (its default for 16-bit weights)",
+    text="""\
+h1, h2 = (beta^t - beta)/(beta^t - 1) in double instead of bias corrections
+p = R(p * (1 - lr*weight_decay)) or g = R(g + R(weight_decay)*p), see `formulas.gradient_cpu`
+m = R(lerp(m, g, 1 - h1));  v = R(v * h2);  v = R(fma((1 - h2)*g, g, v));  d = R(R(sqrt(v)) + R(eps))
+c = R(c + (-lr*m)/d);  p' = R(p + c);  c = R(c + R(p - p'))""",
+    source="optimi/adamw.py of torch-optimi 0.3.3",
+    confirmed="torch-optimi 0.3.3",
+    gradient=formulas.gradient_cpu,
+    exp_avg=formulas.exp_avg_lerp,
+    exp_avg_sq=formulas.exp_avg_sq_cpu,
+    param=formulas.param_kahan_optimi,
+    compensation=formulas.compensation_kahan_optimi,
+    rule=scalars.storage_rounded(scalars.optimi, "l2", "epsilon"),
+    tail="chunks",
+    amsgrad=False,
+    maximize=False,
+)
+
+_OVER_LISTS_OPTIMI = {
+    "": {},
+    "over lists": {
+        "rule": scalars.storage_rounded(scalars.optimi, "l2", "epsilon", "decay", "beta2")
+    },
+}
+_WITHOUT_KAHAN_OPTIMI = {
+    "": {"storages": (BFLOAT16, FLOAT16)},
+    "without Kahan summation": {"param": formulas.param_optimi, "compensation": None},
+}
+_DEBIASED = tuple(each["rule"] if each else _OPTIMI.rule for each in _OVER_LISTS_OPTIMI.values())
+
+_ANYPRECISION = Arithmetic(
+    name="anyprecision",
+    summary="torchdistx's AnyPrecisionAdamW",
+    text="""\
+p = R(p * (1 - lr*weight_decay));  m = fma(1 - beta1, g, m * beta1) in float32, or R(R(m * beta1) + R(1 - beta1)*g)
+v = R(v * beta2);  v = R(fma((1 - beta2)*g, g, v));  d = R(R(R(sqrt(v)) / sqrt(1 - beta2^t)) + R(eps))
+p = R(p + (-(1/(1 - beta1^t))*lr * m) / d), or with Kahan summation
+c = R(c + (...*m)/d);  p' = R(p + c);  c = R(c + R(p - p')); bias corrections are float32.""",
+    source="torchdistx/optimizers/anyprecision_optimizer.py",
+    confirmed="torchdistx at commit 9c1b9f5c",
+    gradient=formulas.gradient_cpu,
+    exp_avg=formulas.exp_avg_anyprecision,
+    exp_avg_sq=formulas.exp_avg_sq_cpu,
+    param=formulas.param_cpu,
+    rule=scalars.anyprecision,
+    moments="recorded",
+    tail="chunks",
+    decays=("decoupled",),
+    amsgrad=False,
+    maximize=False,
+    device_power=True,
+    float32_roots=True,
+)
+
+_KAHAN_ANYPRECISION = {
+    "": {},
+    "Kahan summation": {
+        "param": formulas.param_kahan,
+        "compensation": formulas.compensation_kahan,
+        "storages": (BFLOAT16, FLOAT16),
+    },
+}
+
+_TORCHAO = Arithmetic(
+    name="torchao",
+    summary="torchao's AdamW, compiled as it always is",
+    text="""\
+p = p - (lr*weight_decay)*p (decoupled, also for a decay of 0) or g = g + weight_decay*p (L2)
+m = m + (1 - beta1)*(g - m);  v = v + (1 - beta2)*(g*g - v)
+p = R(p - (lr * (m / (1 - beta1^t))) / (sqrt(v)/sqrt(1 - beta2^t) + eps))
+All in float32 and nothing fused; m and v are rounded when they are stored, and the update reads them unrounded.""",
+    source="torchao/optim/adam.py `single_param_adam` of torchao 0.18.0, under torch.compile",
+    confirmed="torchao 0.18.0",
+    gradient=formulas.gradient_torchao,
+    exp_avg=formulas.exp_avg_torchao,
+    exp_avg_sq=formulas.exp_avg_sq_torchao,
+    param=formulas.param_torchao,
+    rule=scalars.torchao,
+    operators="float32",
+    reads_stored=False,
+    fuses=False,
+    always_decays=True,
+    maximize=False,
+    device_power=True,
+)
+
+_EAGER_TORCHAO = {
+    "": {},
+    "not compiled": {"fuses": True},
+    "not compiled, square root of MKL on AMD": {"fuses": True, "square_root": "mkl-amd"},
+}
+
+_STOCHASTIC = dataclasses.replace(
+    _TORCHAO,
+    name="stochastic-rounding",
+    summary="torchao's AdamW with bf16_stochastic_round: the weight is rounded up or down by chance",
+    text=_TORCHAO.text
+    + """
+The new weight is one of the two bfloat16 neighbours of p, the one away from zero with a probability of
+(the low 16 bits of p) / 65536; so mismatches are weights that are neither.""",
+    weight="float32",
+    storages=(BFLOAT16,),
+    stochastic=True,
+)
+
+_OPTAX = Arithmetic(
+    name="optax",
+    summary="optax.adam and optax.adamw on CPU, operator by operator",
+    text="""\
+Python numbers are rounded to the format of the array that they meet (bfloat16: beta2 of 0.999 becomes 1).
+L2: g = R(g + R(weight_decay*p)).  m = R(R((1 - beta1)*g) + R(beta1*m));  v = R(R((1 - beta2)*R(g*g)) + R(beta2*v))
+mh = R(m * (1/R(1 - beta1^t)));  vh = R(v * (1/R(1 - beta2^t)));  u = R(mh / R(R(sqrt(vh)) + eps))
+decoupled: u = R(u + R(weight_decay*p));  p = R(p + R(-lr*u)); subnormal float32 numbers count as zero.""",
+    source="optax 0.2.8 transform.scale_by_adam, under jax 0.10.2 on CPU",
+    confirmed="optax 0.2.8, jax 0.10.2",
+    gradient=formulas.gradient_optax,
+    exp_avg=formulas.exp_avg_optax,
+    exp_avg_sq=formulas.exp_avg_sq_optax,
+    max_exp_avg_sq=formulas.largest_optax,
+    param=formulas.param_optax,
+    rule=scalars.optax,
+    moments="recorded",
+    maximize=False,
+    device_power=True,
+    flushes=True,
+)
+
+_OPTAX_COMPILED = {
+    "gradient": formulas.gradient_optax_compiled,
+    "exp_avg": formulas.exp_avg_optax_compiled,
+    "exp_avg_sq": formulas.exp_avg_sq_optax_compiled,
+    "param": formulas.param_optax_compiled,
+    "storages": (FLOAT32,),
+}
+_OPTAX_FORMS = {
+    "": {},
+    "compiled": _OPTAX_COMPILED,
+    "compiled, first moment in float32": {
+        "exp_avg": formulas.exp_avg_optax_compiled_mixed,
+        "param": formulas.param_optax_compiled,
+        "storages": (BFLOAT16,),
+    },
+}
+_SUBNORMALS = {"": {}, "with subnormal numbers": {"flushes": False}}
 
 _TEXTBOOK_TEXT = """\
 p = p * (1 - lr*weight_decay) (decoupled) or g = fma(weight_decay, p, g) (L2)
@@ -408,8 +566,14 @@ VARIANTS: dict[str, tuple[Arithmetic, ...]] = {
         _variants(_TORCH_CUDA_LOOP, _RECIPROCALS),
         _variants(_TORCH_CUDA_FUSED),
         _variants(_TORCH_CUDA_FUSED_LEGACY, _OTHER_PRODUCTS),
-        _variants(_TORCH_CAPTURABLE, _CAPTURABLE, _ROOTS),
+        _variants(_TORCH_CAPTURABLE, _CAPTURABLE)
+        + _variants(_TORCH_CAPTURABLE, _CAPTURABLE_CPU, _ROOTS),
         _masters(),
+        _variants(_OPTAX, _OPTAX_FORMS, _SUBNORMALS),
+        _variants(_TORCHAO, _EAGER_TORCHAO),
+        _variants(_OPTIMI, _OVER_LISTS_OPTIMI, _WITHOUT_KAHAN_OPTIMI, _ROOTS),
+        _variants(_ANYPRECISION, _KAHAN_ANYPRECISION, _ROOTS),
+        _variants(_STOCHASTIC, _EAGER_TORCHAO),
         (_FLOAT32_THEN_BFLOAT16,),
         (_FLOAT32_UPDATE,),
     )
@@ -436,7 +600,7 @@ def make_step(
         moments: formats in which the recorded moments show themselves to be kept; by default `storage`.
     """
     decay: Decay = "none"
-    if hyperparameters.weight_decay != 0:
+    if hyperparameters.weight_decay != 0 or arithmetic.always_decays:
         decay = "decoupled" if options.decoupled else "l2"
     shown = moments or (storage, storage)
     kept = {
@@ -461,20 +625,27 @@ def make_step(
         rounds_operators=arithmetic.operators == "storage",
         reads_stored=arithmetic.reads_stored,
         fuses=arithmetic.fuses,
-        square_root=arithmetic.square_root if storage is FLOAT32 or master else "ieee",
+        square_root=arithmetic.square_root,
         decay=decay,
         amsgrad=options.amsgrad,
         maximize=options.maximize,
-        interpolation="end" if scalars.interpolation_of(hyperparameters) else "start",
+        interpolation=_interpolation(arithmetic, hyperparameters),
+        flushes=arithmetic.flushes,
+        stochastic=arithmetic.stochastic,
         altered=arithmetic.altered,
     )
 
 
+def _interpolation(arithmetic: Arithmetic, given: Hyperparameters) -> Interpolation:
+    """Tell where lerp starts: optimi's debiased beta1 grows from 0 at the first step."""
+    if arithmetic.rule in _DEBIASED:
+        return "mixed"
+    return "end" if scalars.interpolates_from_end(given) else "start"
+
+
 def depends_on_tail(arithmetic: Arithmetic, step: Step) -> bool:
     """Tell whether a step treats the elements of a vectorised kernel's scalar loop in their own way."""
-    if arithmetic.tail == "chunks":
-        return step.decay == "l2" and step.fuses and step.storage is not FLOAT32
-    return arithmetic.tail == "tensor" and (step.fuses or step.amsgrad)
+    return arithmetic.tail != "none" and any(step.reads_tail(name) for name in step.state)
 
 
 def tail_elements(
@@ -499,25 +670,27 @@ def tail_elements(
     if arithmetic.tail == "tensor":
         lanes = 256 // storage.width  # the kernel has an AVX2 form only
         return (elements >= parameter_size - parameter_size % lanes).astype(np.uint8)
-    return chunk_tails(elements, parameter_size, threads)
+    block = 16 if storage is FLOAT32 else 32
+    return chunk_tails(elements, parameter_size, threads, block)
 
 
 def chunk_tails(
-    elements: NDArray[np.integer], parameter_size: int, threads: int
+    elements: NDArray[np.integer], parameter_size: int, threads: int, block: int = 32
 ) -> NDArray[np.uint8]:
     """Mark the elements that PyTorch's CPU operators compute outside their vectorised loop.
 
     ATen gives each of k = min(threads, ceil(n / 32768)) threads a chunk of ceil(n / k) elements when the
-    tensor has at least 32,768, and vectorises blocks of 32 16-bit elements from each chunk's start (the
-    kernel of `add` has an AVX2 form only, which AVX-512 machines run too). The rest of each chunk goes
+    tensor has at least 32,768, and vectorises blocks of two AVX2 registers from each chunk's start (also on
+    machines with AVX-512). The rest of each chunk goes
     through the scalar loop.
 
     Args:
         elements: flat positions within the whole parameter.
         parameter_size: number of elements of the whole parameter.
         threads: `torch.get_num_threads()` of the run.
+        block: elements of two vectors: 32 of 16 bits, 16 of 32 bits.
     """
-    grain, block = 32768, 32
+    grain = 32768
     chunks = min(threads, -(-parameter_size // grain)) if parameter_size >= grain else 1
     length = -(-parameter_size // chunks)
     start = elements // length * length

@@ -4,7 +4,9 @@ Names of scalars (`k.s`): see `scalars`. What a formula returns is rounded once 
 the tensor is kept; `k.rounded` is the rounding after each operator, where an implementation has one.
 """
 
-from jaxaudit.floats import FLOAT32
+import numpy as np
+
+from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.operations import Value
 from jaxaudit.steps import Kernel
 
@@ -43,14 +45,24 @@ def gradient_cuda(k: Kernel) -> Value:
 
 
 def exp_avg_lerp(k: Kernel) -> Value:
-    """`lerp(m, g, 1 - beta1)`: fma(w, g - m, m); where w >= 0.5 fma(w - 1, g - m, g)."""
-    g, m = k.gradient(), k.x["exp_avg"]
-    if k.step.interpolation == "mixed":
-        start = k.ops.where(k.s["from_end"] != 0, g, m)
-    else:
-        start = g if k.step.interpolation == "end" else m
-    change = k.ops.subtract(g, m)
-    return k.fused(k.s["exp_avg_weight"], change, start, "the interpolation of exp_avg")
+    """`lerp(m, g, 1 - beta1)`: fma(w, g - m, m); where w >= 0.5 fma(w - 1, g - m, g).
+
+    In the latter case the scalar loop (and all of a build without fused multiply-add) computes
+    g - (g - m)*(1 - w).
+    """
+    ops, g, m = k.ops, k.gradient(), k.x["exp_avg"]
+    change = ops.subtract(g, m)
+    where = "the interpolation of exp_avg"
+    from_start = k.fused(k.s["exp_avg_weight"], change, m, where)
+    if k.step.interpolation == "start":
+        return from_start
+    from_end = k.fused(k.s["exp_avg_weight"], change, g, where)
+    # g - (g - m)*(1 - w) differs where w is 1: in the sign of zero, for a gradient of -0.
+    scalar = k.fused(k.s["exp_avg_rest"], ops.negate(change), g, where)
+    from_end = ops.where(k.tail(), scalar, from_end) if k.step.fuses else scalar
+    if k.step.interpolation == "end":
+        return from_end
+    return ops.where(k.s["exp_avg_from_end"] != 0, from_end, from_start)
 
 
 def exp_avg_fused_cuda(k: Kernel) -> Value:
@@ -235,3 +247,213 @@ def param_capturable_foreach(k: Kernel) -> Value:
     divisor = denominator(k)
     divisor = k.rounded(k.ops.divide(divisor, k.s["capturable_divisor"]), "the scaled denominator")
     return k.ops.add(decayed_weight(k), k.ops.divide(k.new_exp_avg(), divisor))
+
+
+# Kahan summation: what was lost when the weight was rounded is added to the next update.
+
+
+def _kahan_sum(k: Kernel, divisor: Value) -> tuple[Value, Value, Value]:
+    """Return the decayed weight, the compensated update R(c + (-lr*m)/d), and the new weight R(p + update)."""
+    ops, weight = k.ops, decayed_weight(k)
+    quotient = ops.divide(ops.multiply(k.s["step_size"], k.new_exp_avg()), divisor)
+    update = k.rounded(ops.add(k.x["compensation"], quotient), "the compensated update")
+    return weight, update, k.rounded(ops.add(weight, update), "the new weight")
+
+
+def _kahan_rest(k: Kernel, divisor: Value) -> Value:
+    """Return R(c + R(p - p')) of the compensated update c and the new weight p'."""
+    weight, update, new = _kahan_sum(k, divisor)
+    lost = k.rounded(k.ops.subtract(weight, new), "the lost part")
+    return k.ops.add(update, lost)
+
+
+def param_kahan(k: Kernel) -> Value:
+    """R(p + R(c + (-lr*m)/d))."""
+    return _kahan_sum(k, denominator(k))[2]
+
+
+def compensation_kahan(k: Kernel) -> Value:
+    """The part of the update that `param_kahan` lost."""
+    return _kahan_rest(k, denominator(k))
+
+
+def param_kahan_optimi(k: Kernel) -> Value:
+    """As `param_kahan`, without bias correction in the denominator."""
+    return _kahan_sum(k, plain_denominator(k))[2]
+
+
+def compensation_kahan_optimi(k: Kernel) -> Value:
+    """The part of the update that `param_kahan_optimi` lost."""
+    return _kahan_rest(k, plain_denominator(k))
+
+
+def plain_denominator(k: Kernel) -> Value:
+    """`sqrt(v) + eps`, without bias correction."""
+    fmt = k.step.exp_avg_sq_format
+    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
+    return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
+
+
+def param_optimi(k: Kernel) -> Value:
+    """Compute p + (-lr*m)/d without Kahan summation."""
+    numerator = k.ops.multiply(k.s["step_size"], k.new_exp_avg())
+    return k.ops.add(decayed_weight(k), k.ops.divide(numerator, plain_denominator(k)))
+
+
+# torchdistx's AnyPrecisionAdamW.
+
+
+def exp_avg_anyprecision(k: Kernel) -> Value:
+    """`m.mul(beta1).add(g, alpha=1 - beta1)`; the addition has a scalar loop where all is of one 16-bit format."""
+    ops, g, fmt = k.ops, k.gradient(), k.step.exp_avg_format
+    decayed = ops.multiply(k.x["exp_avg"], k.s["beta1"])
+    decayed = k.rounded(decayed, "the decayed exp_avg", fmt)
+    vector = k.fused(k.s["exp_avg_weight"], g, decayed, "exp_avg")
+    if fmt is FLOAT32 or k.step.storage is not fmt:
+        return vector
+    product = k.rounded(ops.multiply(k.s["exp_avg_weight"], g), "(1 - beta1) * grad", fmt)
+    scalar = ops.add(decayed, product)
+    return ops.where(k.tail(), scalar, vector) if k.step.fuses else scalar
+
+
+# torchao: everything in float32, and rounded when it is stored.
+
+
+def gradient_torchao(k: Kernel) -> Value:
+    """Add weight_decay*p to the gradient, not fused."""
+    g = k.plain_gradient()
+    return k.unfused(k.s["l2"], k.x["param"], g, "the L2 term") if k.step.decay == "l2" else g
+
+
+def exp_avg_torchao(k: Kernel) -> Value:
+    """`lerp(m, g, 1 - beta1)` in float32."""
+    return _lerp_torchao(k, "exp_avg", k.x["exp_avg"], k.gradient())
+
+
+def exp_avg_sq_torchao(k: Kernel) -> Value:
+    """`lerp(v, g*g, 1 - beta2)` in float32."""
+    g = k.gradient()
+    return _lerp_torchao(k, "exp_avg_sq", k.x["exp_avg_sq"], k.ops.multiply(g, g))
+
+
+def _lerp_torchao(k: Kernel, name: str, old: Value, new: Value) -> Value:
+    weight = k.s[f"{name}_weight" if k.step.fuses else f"{name}_weight_of_double"]
+    start = k.ops.where(k.s[f"{name}_from_end"] != 0, new, old)
+    return k.fused(weight, k.ops.subtract(new, old), start, f"the interpolation of {name}")
+
+
+def param_torchao(k: Kernel) -> Value:
+    """Compute p - (lr*(m/bias_correction1)) / (sqrt(v)/sqrt(bias_correction2) + eps).
+
+    Decay comes before it: p - (lr*weight_decay)*p.
+    """
+    ops, weight = k.ops, k.x["param"]
+    if k.step.decay == "decoupled":
+        weight = ops.subtract(weight, ops.multiply(k.s["rate_times_decay"], weight))
+    divisor = denominator(k)
+    corrected = ops.divide(k.new_exp_avg(), k.s["bias_correction1"])
+    change = ops.divide(ops.multiply(k.s["learning_rate"], corrected), divisor)
+    return ops.subtract(weight, change)
+
+
+# optax: every operator rounds; a division by a scalar is a multiplication by its reciprocal.
+
+
+def gradient_optax(k: Kernel) -> Value:
+    """`add_decayed_weights` before the moments: g + weight_decay*p."""
+    g, ops = k.plain_gradient(), k.ops
+    if k.step.decay != "l2":
+        return g
+    product = k.rounded(ops.multiply(k.s["l2"], k.x["param"]), "the L2 product")
+    return k.rounded(ops.add(g, product), "the decayed gradient")
+
+
+def exp_avg_optax(k: Kernel) -> Value:
+    """(1 - beta1)*g + beta1*m."""
+    ops = k.ops
+    new = k.rounded(ops.multiply(k.s["exp_avg_weight"], k.gradient()), "(1 - beta1) * grad")
+    old = ops.multiply(k.s["beta1"], k.x["exp_avg"])
+    return ops.add(new, k.rounded(old, "the decayed exp_avg", k.step.exp_avg_format))
+
+
+def exp_avg_sq_optax(k: Kernel) -> Value:
+    """(1 - beta2)*g^2 + beta2*v."""
+    ops, g = k.ops, k.gradient()
+    square = k.rounded(ops.multiply(g, g), "grad^2")
+    new = k.rounded(ops.multiply(k.s["exp_avg_sq_weight"], square), "(1 - beta2) * grad^2")
+    old = k.rounded(ops.multiply(k.s["beta2"], k.x["exp_avg_sq"]), "the decayed exp_avg_sq")
+    return ops.add(new, old)
+
+
+def largest_optax(k: Kernel) -> Value:
+    """The largest second moment, bias-corrected, so far (`optax.amsgrad`)."""
+    old, new = k.x["max_exp_avg_sq"], _corrected_optax(k)
+    larger = k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
+    return k.ops.multiply(
+        larger, np.float32(1)
+    )  # which takes a subnormal number for zero where XLA does
+
+
+def _corrected_optax(k: Kernel) -> Value:
+    corrected = k.ops.multiply(k.new_exp_avg_sq(), k.s["reciprocal_bias_correction2"])
+    return k.rounded(corrected, "the corrected exp_avg_sq")
+
+
+def _update_format(k: Kernel) -> Format:
+    same = k.step.storage is k.step.exp_avg_format
+    return k.step.storage if same else FLOAT32
+
+
+def param_optax(k: Kernel) -> Value:
+    """Compute p + -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay*p)."""
+    ops, fmt = k.ops, _update_format(k)
+    first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
+    first = k.rounded(first, "the corrected exp_avg", fmt)
+    second = k.x["new_max_exp_avg_sq"] if k.step.amsgrad else _corrected_optax(k)
+    root = k.rounded(ops.sqrt(ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
+    divisor = k.rounded(ops.add(root, k.s["epsilon"]), "the denominator")
+    update = k.rounded(ops.divide(first, divisor), "the quotient", fmt)
+    if k.step.decay == "decoupled":
+        decay = k.rounded(ops.multiply(k.s["l2"], k.x["param"]), "weight_decay * param")
+        update = k.rounded(ops.add(update, decay), "the decayed update", fmt)
+    update = k.rounded(ops.multiply(k.s["minus_rate"], update), "the scaled update", fmt)
+    return k.rounded(ops.add(k.x["param"], update), "the new weight", fmt)
+
+
+def gradient_optax_compiled(k: Kernel) -> Value:
+    """fma(weight_decay, p, g)."""
+    g = k.plain_gradient()
+    return k.fused(k.s["l2"], k.x["param"], g, "the L2 term") if k.step.decay == "l2" else g
+
+
+def exp_avg_optax_compiled(k: Kernel) -> Value:
+    """fma(1 - beta1, g, beta1*m)."""
+    old = k.ops.multiply(k.s["beta1"], k.x["exp_avg"])
+    return k.fused(k.s["exp_avg_weight"], k.gradient(), old, "exp_avg")
+
+
+def exp_avg_sq_optax_compiled(k: Kernel) -> Value:
+    """fma(1 - beta2, g^2, beta2*v); with L2 decay fma(beta2, v, (1 - beta2)*g^2)."""
+    g, v = k.gradient(), k.x["exp_avg_sq"]
+    square, weight, beta2 = k.ops.multiply(g, g), k.s["exp_avg_sq_weight"], k.s["beta2"]
+    if k.step.decay == "l2":
+        return k.fused(beta2, v, k.ops.multiply(weight, square), "exp_avg_sq")
+    return k.fused(weight, square, k.ops.multiply(beta2, v), "exp_avg_sq")
+
+
+def param_optax_compiled(k: Kernel) -> Value:
+    """As `param_optax` with both last sums fused: fma(weight_decay, p, u), then fma(-lr, u, p)."""
+    ops = k.ops
+    first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
+    second = k.x["new_max_exp_avg_sq"] if k.step.amsgrad else _corrected_optax(k)
+    root = k.rounded(ops.sqrt(ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
+    update = ops.divide(first, ops.add(root, k.s["epsilon"]))
+    if k.step.decay == "decoupled":
+        update = k.fused(k.s["l2"], k.x["param"], update, "the decayed update")
+    return k.fused(k.s["minus_rate"], update, k.x["param"], "the new weight")
+
+
+def exp_avg_optax_compiled_mixed(k: Kernel) -> Value:
+    """fma(beta1, m, (1 - beta1)*g): a float32 moment of bfloat16 gradients."""
+    new = k.ops.multiply(k.s["exp_avg_weight"], k.gradient())
+    return k.fused(k.s["beta1"], k.x["exp_avg"], new, "exp_avg")

@@ -167,7 +167,7 @@ class Identifier:
         given = self._recording.hyperparameters
         assert given is not None
         for arithmetic in VARIANTS[name]:
-            if self._recording.storage not in arithmetic.storages and arithmetic.variant:
+            if arithmetic.variant and not self._concerns(arithmetic):
                 continue
             for options in _possible_options(self._recording, arithmetic):
                 candidate = Candidate(arithmetic, options, given)
@@ -177,6 +177,15 @@ class Identifier:
                     for threads in _thread_counts(self._recording):
                         other = dataclasses.replace(options, threads=threads)
                         yield dataclasses.replace(candidate, options=other)
+
+    def _concerns(self, arithmetic: Arithmetic) -> bool:
+        """Tell whether a variant can differ from the usual one of its name on this recording."""
+        storage, second = self._recording.storage, self._bench.moment_formats[1]
+        roots = arithmetic.float32_roots or FLOAT32 in (storage, second)
+        master = arithmetic.weight == "master"
+        return storage in arithmetic.storages and (
+            roots or master or arithmetic.square_root == "ieee"
+        )
 
     def _repaired(self, finding: Finding) -> Finding:
         """Look for hyperparameters other than the stored ones under which a candidate's name fits."""
@@ -356,7 +365,7 @@ def _possible_options(recording: Recording, arithmetic: Arithmetic) -> list[Opti
     amsgrads = _stated_first(recording.flag("amsgrad"), has_max, arithmetic.amsgrad)
     maximizes = _stated_first(recording.flag("maximize"), False, arithmetic.maximize)
     decays = [kind == "decoupled" for kind in arithmetic.decays]
-    if given is None or given.weight_decay == 0:
+    if given is None or (given.weight_decay == 0 and not arithmetic.always_decays):
         decays = [True]
     elif claimed == "adam":
         decays.sort()

@@ -120,12 +120,7 @@ class NumpyOperations:
         using rounding to odd", IEEE Transactions on Computers 57 (2008).
         """
         with np.errstate(all="ignore"):
-            product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-            total, error = _two_sum(product, np.asarray(c, np.float64))
-            bits = np.asarray(total).view(np.int64)
-            step = np.where((error > 0) == (bits >= 0), 1, -1)
-            inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
-            return np.where(inexact, bits + step, bits).view(np.float64).astype(np.float32)
+            return _fma_rounded_to_odd(a, b, c).astype(np.float32)
 
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return np.where(mask, a, b)
@@ -309,19 +304,19 @@ class Float64Operations:
         return -a
 
     def add(self, a: Value, b: Value) -> Value:
-        return _round64(a + b)
+        return self._rounded(a + b)
 
     def subtract(self, a: Value, b: Value) -> Value:
-        return _round64(a - b)
+        return self._rounded(a - b)
 
     def multiply(self, a: Value, b: Value) -> Value:
-        return _round64(a * b)
+        return self._rounded(a * b)
 
     def divide(self, a: Value, b: Value) -> Value:
-        return _round64(a / b)
+        return self._rounded(a / b)
 
     def sqrt(self, a: Value) -> Value:
-        return _round64(jnp.sqrt(a))
+        return self._rounded(jnp.sqrt(a))
 
     def mkl_amd_sqrt(self, a: Value) -> Value:
         return _mkl_amd_sqrt(self, a, _take)
@@ -333,9 +328,13 @@ class Float64Operations:
         exponent = np.int64(0x7FF0000000000000)
         inexact = (error != 0) & (bits & 1 == 0) & (bits & exponent != exponent)
         step = jnp.where((error > 0) == (bits >= 0), 1, -1)
-        return _round64(
+        return self._rounded(
             lax.bitcast_convert_type(jnp.where(inexact, bits + step, bits), jnp.float64)
         )
+
+    def _rounded(self, value: Value) -> Value:
+        """Round a float64 result to float32."""
+        return _round64(value)
 
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return jnp.where(mask, a, b)
@@ -369,9 +368,83 @@ class Float64Operations:
         )  # fmt: skip
 
 
-def operations_of(formulation: Formulation, zero: jax.Array) -> Operations:
-    """Return XLA's operations in a formulation; `zero` as for `Float32Operations`."""
-    return Float32Operations(zero) if formulation == "float32" else Float64Operations(zero)
+#: A result below this is 2^-126 only after it was rounded to the spacing of subnormal numbers. x86 calls it tiny
+#: all the same, since it rounds below 2^-126 to 24 bits.
+_TINY = np.float64(2.0**-126 - 2.0**-151)
+
+
+class FlushingNumpyOperations(NumpyOperations):
+    """The host's float32 arithmetic with subnormal operands and results taken for zero, as XLA:CPU computes."""
+
+    def add(self, a: Value, b: Value) -> Value:
+        # Operands are multiples of 2^-149, so a tiny sum is exact.
+        return self._flushed(super().add(self._flushed(a), self._flushed(b)))
+
+    def subtract(self, a: Value, b: Value) -> Value:
+        return self._flushed(super().subtract(self._flushed(a), self._flushed(b)))
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        return self._rounded(self._wide(a) * self._wide(b))
+
+    def divide(self, a: Value, b: Value) -> Value:
+        with np.errstate(all="ignore"):
+            return self._rounded(self._wide(a) / self._wide(b))
+
+    def sqrt(self, a: Value) -> Value:
+        return super().sqrt(self._flushed(a))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        return self._rounded(_fma_rounded_to_odd(*(self._wide(x) for x in (a, b, c))))
+
+    def _wide(self, a: Value) -> Value:
+        return self._flushed(a).astype(np.float64)
+
+    def _rounded(self, value: Value) -> Value:
+        with np.errstate(all="ignore"):
+            rounded = np.asarray(value, np.float64).astype(np.float32)
+        zero = np.copysign(np.float32(0), rounded)
+        return np.where(np.abs(value) < _TINY, zero, rounded)
+
+    def _flushed(self, a: Value) -> Value:
+        a = np.asarray(a, np.float32)
+        return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
+
+
+class FlushingFloat64Operations(Float64Operations):
+    """As `FlushingNumpyOperations`, in float64 on any device."""
+
+    def decode(self, patterns: Value, fmt: Format) -> Value:
+        return self._zeroed(super().decode(patterns, fmt), _SMALLEST_NORMAL)
+
+    def _rounded(self, value: Value) -> Value:
+        return jnp.where(jnp.abs(value) < _TINY, self._zeroed(value, _TINY), _round64(value))
+
+    def _zeroed(self, value: Value, limit: np.float64) -> Value:
+        """Replace what is smaller than a limit by zero of its sign."""
+        bits = lax.bitcast_convert_type(value, jnp.uint64) & np.uint64(1 << 63)
+        zero = lax.bitcast_convert_type(bits, jnp.float64)
+        return jnp.where(jnp.abs(value) < limit, zero, value)
+
+
+def numpy_operations(*, flushes: bool = False) -> NumpyOperations:
+    """Return the host's operations, with or without subnormal numbers."""
+    return FlushingNumpyOperations() if flushes else NumpyOperations()
+
+
+def operations_of(
+    formulation: Formulation, zero: jax.Array, *, flushes: bool = False
+) -> Operations:
+    """Return XLA's operations in a formulation.
+
+    Args:
+        formulation: which one.
+        zero: as for `Float32Operations`.
+        flushes: what is replayed took subnormal numbers for zero. In float32 there is nothing to do: these
+            elements are marked in any case.
+    """
+    if formulation == "float32":
+        return Float32Operations(zero)
+    return FlushingFloat64Operations(zero) if flushes else Float64Operations(zero)
 
 
 def compile_exactly(function: Callable, device: Device) -> Callable:
@@ -382,6 +455,17 @@ def compile_exactly(function: Callable, device: Device) -> Callable:
     """
     options = {"xla_disable_hlo_passes": "algsimp"} if device.platform == "cpu" else None
     return jax.jit(function, compiler_options=options)
+
+
+def _fma_rounded_to_odd(a: Value, b: Value, c: Value) -> Value:
+    """Round a * b + c to odd in float64."""
+    with np.errstate(all="ignore"):
+        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+        total, error = _two_sum(product, np.asarray(c, np.float64))
+        bits = np.asarray(total).view(np.int64)
+        step = np.where((error > 0) == (bits >= 0), 1, -1)
+        inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+        return np.where(inexact, bits + step, bits).view(np.float64)
 
 
 def _mkl_amd_sqrt(ops: Operations, a: Value, take: Callable[[Value, Value], Value]) -> Value:

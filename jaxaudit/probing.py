@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from jaxaudit import floats
 from jaxaudit.arithmetics import chunk_tails, depends_on_tail, tail_elements
-from jaxaudit.operations import NumpyOperations
+from jaxaudit.operations import numpy_operations
 from jaxaudit.recording import Recording
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import Scalars, Stage, Step
 from jaxaudit.workbench import Candidate, Workbench
-
-_OPS = NumpyOperations()
 
 #: Largest part of a timestep that is read to choose elements from.
 _READ = 1 << 22
@@ -128,7 +126,8 @@ class Probe:
         """Compute a stage in NumPy."""
         columns = {name: value[:, None] for name, value in scalars.items()}
         with np.errstate(all="ignore"):
-            return np.asarray(step.replay_recorded(stage, _OPS, columns, x))
+            ops = numpy_operations(flushes=step.flushes)
+            return np.asarray(step.replay_recorded(stage, ops, columns, x))
 
     def _wrong_by_timestep(
         self, candidate: Candidate, step: Step, stage: Stage, nudge: Nudge
@@ -181,7 +180,8 @@ class Probe:
             recorded = {n: v[k] for n, v in self.after.items() if n not in hidden}
             at = {name: value[k] for name, value in scalars.items()}
             with np.errstate(all="ignore"):
-                new = step.advance(_OPS, at, x, recorded)
+                ops = numpy_operations(flushes=step.flushes)
+                new = step.advance(ops, at, x, recorded)
             for name in hidden:
                 before[name].append(state[name])
                 after[name].append(new[name])

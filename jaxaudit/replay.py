@@ -24,10 +24,10 @@ from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import (
     Float32Operations,
     Formulation,
-    NumpyOperations,
     Operations,
     compile_exactly,
     narrow_patterns,
+    numpy_operations,
     operations_of,
     widen_patterns,
 )
@@ -325,7 +325,7 @@ class _Trial:
         self.differs = self._plant(rng, steps, tried)
 
     def _expect(self, steps: int, tried: int) -> NDArray[Any]:
-        ops = NumpyOperations()
+        ops = numpy_operations(flushes=self._program.step.flushes)
         cut = {name: values[:, :tried] for name, values in self.window.items()}
         values = self._program.values(ops, cut, steps, self.tail[:tried])
         columns = {name: scalar[:, None] for name, scalar in self.scalars.items()}
@@ -419,7 +419,7 @@ def _hard_patterns(
 def _flags_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, tail: Any, target: Any) -> jax.Array:
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
-            ops = operations_of(formulation, zero)
+            ops = operations_of(formulation, zero, flushes=program.step.flushes)
             replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
             differs = floats.differ(ops.patterns32(replayed), ops.patterns32(recorded))
             flags = differs.astype(jnp.uint8) * DIFFERS
@@ -440,7 +440,7 @@ def _flags_program(program: Program, formulation: Formulation, device: Device) -
 @functools.lru_cache(maxsize=512)
 def _results_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, tail: Any) -> jax.Array:
-        ops = operations_of(formulation, zero)
+        ops = operations_of(formulation, zero, flushes=program.step.flushes)
 
         def one_step(s: Any, x: Any) -> jax.Array:
             replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
@@ -464,7 +464,7 @@ def _free_run_program(
     """Run the hidden tensors through a window, each step fed with the one before; exact for every input."""
 
     def whole(zero: Any, scalars: Any, window: Any, tail: Any, state: Any) -> tuple[jax.Array, ...]:
-        ops = operations_of("float64", zero)
+        ops = operations_of("float64", zero, flushes=step.flushes)
         rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
         before = {name: values[:-1] for name, values in rows.items()}
         after = {name: values[1:] for name, values in rows.items()}

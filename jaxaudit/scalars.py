@@ -1,9 +1,9 @@
 """Each step's scalars as implementations compute them: in Python doubles, in float32, or in the storage format.
 
 A rule takes the hyperparameters of one step and returns its scalars by name, as Python floats that are rounded
-to float32 at the end (names in `WIDE` stay doubles):
+to float32 at the end (names that begin with `WIDE` stay doubles):
 
-* `exp_avg_weight`: of lerp, counted from the end where it is at least 0.5; `from_end` is then 1.
+* `exp_avg_weight`: of lerp, counted from the end where it is at least 0.5; `exp_avg_from_end` is then 1.
 * `beta1`, `beta2`, `exp_avg_sq_weight` (1 - beta2): of the moments.
 * `l2`: weight decay added to the gradient; `decay`: 1 - lr*weight_decay, by which the weight is multiplied.
 * `bias_correction1`, `bias_correction2`, `bias_correction2_sqrt` and its reciprocal: 1 - beta^t and its root.
@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxaudit.floats import Format, round_scalar
+from jaxaudit.floats import FLOAT16, FLOAT32, Format, round_scalar
 from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.operations import NumpyOperations
 from jaxaudit.steps import Scalars, Step
 
 F32 = np.float32
@@ -52,16 +53,20 @@ class Moment:
         rate: learning rate.
         t: step count of the bias corrections; infinite where there are none.
         given: all others.
+        first: format of the first moment.
         storage: format of the weights, and what scalars are rounded to where an implementation does so.
         second: format of the second moment; scalars that meet it are rounded to this one.
+        square_root: see `steps.Step`.
         nudge: see `Nudge`.
     """
 
     rate: float
     t: float
     given: Hyperparameters
+    first: Format
     storage: Format
     second: Format
+    square_root: str
     nudge: Nudge = EXACT
 
     @property
@@ -76,23 +81,19 @@ class Moment:
             return 0.0, 0.0
         return self.given.beta1**self.t, self.corrected_beta2**self.t
 
-    def powers32(self, *, single: bool = False) -> tuple[np.float32, np.float32]:
-        """Return beta1^t and beta2^t as float32.
-
-        Args:
-            single: the betas themselves are float32.
-        """
+    def powers32(self) -> tuple[np.float32, np.float32]:
+        """Return beta1^t and beta2^t of float32 betas, as powf of the C library does (NumPy's scalars call it)."""
         if math.isinf(self.t):
             return F32(0), F32(0)
-        betas = (self.given.beta1, self.corrected_beta2)
-        if single:
-            betas = (float(F32(betas[0])), float(F32(betas[1])))
+        betas = (F32(self.given.beta1), F32(self.corrected_beta2))
         ulps = (self.nudge.power1, self.nudge.power2)
-        found = [_ulps_off(F32(beta**self.t), k) for beta, k in zip(betas, ulps, strict=True)]
+        found = [_ulps_off(beta ** F32(self.t), k) for beta, k in zip(betas, ulps, strict=True)]
         return found[0], found[1]
 
     def root32(self, value: np.float32) -> np.float32:
         """Return the float32 square root."""
+        if self.square_root == "mkl-amd":
+            return F32(NumpyOperations().mkl_amd_sqrt(np.array([value]))[0])
         return _ulps_off(np.sqrt(value), self.nudge.root)
 
 
@@ -128,8 +129,10 @@ def scalars_of(
                 _place(rate, nudge.rate),
                 given.count.at(t),
                 given,
+                step.exp_avg_format,
                 step.storage,
                 step.exp_avg_sq_format,
+                step.square_root,
                 nudge,
             )
         )
@@ -156,7 +159,7 @@ def _place(rate: float, fraction: float) -> float:
     return float(F32(rate)) + fraction * 0.4999 * float(np.spacing(F32(rate)))
 
 
-def interpolation_of(given: Hyperparameters) -> bool:
+def interpolates_from_end(given: Hyperparameters) -> bool:
     """Tell whether lerp starts from its end."""
     return bool(abs(F32(1 - given.beta1)) >= F32(0.5))
 
@@ -179,11 +182,7 @@ def torch(moment: Moment) -> dict[str, float]:
 
 
 def _moments(given: Hyperparameters) -> dict[str, float]:
-    weight = F32(1 - given.beta1)
-    from_end = interpolation_of(given)
-    return {
-        "exp_avg_weight": float(weight - F32(1) if from_end else weight),
-        "from_end": float(from_end),
+    return _weights("exp_avg", 1 - given.beta1) | {
         "beta2": given.beta2,
         "exp_avg_sq_weight": 1 - given.beta2,
     }
@@ -255,7 +254,7 @@ def fused_cuda(moment: Moment) -> dict[str, float]:
     """Torch's fused CUDA kernel since 2.11: every hyperparameter is a float32, and so is what is made of them."""
     given, rate = moment.given, F32(moment.rate)
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32(single=True))
+        correction1, correction2 = (F32(1) - power for power in moment.powers32())
         return {
             "beta1": given.beta1,
             "beta2": given.beta2,
@@ -321,3 +320,98 @@ def capturable_foreach(moment: Moment) -> dict[str, float]:
         "bias_correction2_sqrt": float(root),
         "capturable_divisor": float(divisor),
     }
+
+
+def torchao(moment: Moment) -> dict[str, float]:
+    """Compute the scalars of torchao's `single_param_adam`: float32 scalars; the learning rate is a float32 tensor."""
+    given, rate = moment.given, F32(moment.rate)
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        return {
+            **_weights("exp_avg", 1 - given.beta1),
+            **_weights("exp_avg_sq", 1 - given.beta2),
+            "l2": given.weight_decay,
+            "rate_times_decay": float(rate * F32(given.weight_decay)),
+            "learning_rate": float(rate),
+            "bias_correction1": float(correction1),
+            "bias_correction2_sqrt": float(moment.root32(correction2)),
+            "epsilon": given.epsilon,
+        }
+
+
+def _weights(name: str, weight: float) -> dict[str, float]:
+    """Return the weight of a lerp as ATen uses it, and as a compiler does that subtracts 1 in double."""
+    from_end = abs(F32(weight)) >= F32(0.5)
+    return {
+        f"{name}_weight": float(F32(weight) - F32(1)) if from_end else weight,
+        f"{name}_weight_of_double": weight - 1 if abs(weight) >= 0.5 else weight,
+        f"{name}_from_end": float(from_end),
+        f"{name}_rest": float(F32(1) - F32(weight)),
+    }
+
+
+def optimi(moment: Moment) -> dict[str, float]:
+    """Warner's optimi: betas without their bias, in double, instead of bias corrections."""
+    given, rate = moment.given, moment.rate
+    beta1, beta2 = (_debiased(b, moment.t) for b in (given.beta1, given.beta2))
+    return _weights("exp_avg", 1 - beta1) | {
+        "beta2": beta2,
+        "exp_avg_sq_weight": 1 - beta2,
+        "decay": 1 - rate * given.weight_decay,
+        "l2": given.weight_decay,
+        "step_size": -rate,
+        "epsilon": given.epsilon,
+    }
+
+
+def _debiased(beta: float, t: float) -> float:
+    return beta if math.isinf(t) else (beta**t - beta) / (beta**t - 1)
+
+
+def anyprecision(moment: Moment) -> dict[str, float]:
+    """AnyPrecisionAdamW of torchdistx: bias corrections are float32 tensors."""
+    given = moment.given
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        step_size = -((F32(1) / correction1) * F32(moment.rate))
+        root = moment.root32(correction2)
+    weight = 1 - given.beta1
+    if moment.first is moment.storage:  # `add(alpha=)` rounds alpha to the format
+        weight = float(round_scalar(weight, moment.first))
+    return {
+        "decay": 1 - moment.rate * given.weight_decay,
+        "beta1": given.beta1,
+        "exp_avg_weight": weight,
+        "beta2": given.beta2,
+        "exp_avg_sq_weight": 1 - given.beta2,
+        "bias_correction2_sqrt": float(root),
+        "step_size": float(step_size),
+        "epsilon": float(round_scalar(given.epsilon, moment.second)),
+    }
+
+
+def optax(moment: Moment) -> dict[str, float]:
+    """Optax: Python numbers take the format of the array that they meet; bias corrections are float32 before."""
+    given, rounded = moment.given, round_scalar
+    storage, first = moment.storage, moment.first
+    update = storage if storage is first else FLOAT32
+    with np.errstate(all="ignore"):
+        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+    return {
+        "exp_avg_weight": float(rounded(1 - given.beta1, storage)),
+        "beta1": float(rounded(given.beta1, first)),
+        "exp_avg_sq_weight": float(rounded(1 - given.beta2, storage)),
+        "beta2": float(rounded(given.beta2, storage)),
+        "l2": float(rounded(given.weight_decay, storage)),
+        "epsilon": float(rounded(given.epsilon, storage)),
+        "minus_rate": float(rounded(-moment.rate, update)),
+        "reciprocal_bias_correction1": _reciprocal(float(correction1), update),
+        "reciprocal_bias_correction2": _reciprocal(float(correction2), storage),
+    }
+
+
+def _reciprocal(correction: float, fmt: Format) -> float:
+    """Return what XLA multiplies by instead of dividing: in float16 it is rounded to float16."""
+    with np.errstate(all="ignore"):
+        reciprocal = F32(1) / F32(round_scalar(correction, fmt))
+    return float(round_scalar(float(reciprocal), FLOAT16) if fmt is FLOAT16 else reciprocal)

@@ -26,6 +26,9 @@ STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "compensation", "param")
 
 Decay = Literal["none", "decoupled", "l2"]
 
+#: Where lerp starts: from the old value, from the new one, or from either, by timestep.
+Interpolation = Literal["start", "end", "mixed"]
+
 #: Scalars of each step, by name; each of shape (T,): float32, or float64 where the formula asks for doubles.
 Scalars = Mapping[str, NDArray[np.floating]]
 
@@ -59,6 +62,8 @@ class Step:
         decay: how weight decay enters; "none" where its factor is zero.
         amsgrad: the denominator is made of the largest second moment so far.
         maximize: the gradient is negated first.
+        flushes: the implementation's device takes subnormal numbers for zero.
+        stochastic: the weight is stored as one of its two neighbours, by chance.
         interpolation: lerp's first moment starts from the old moment, from the gradient (weight >= 0.5),
             or from either, by timestep.
         altered: points of the formulas that do the opposite of what the implementation does.
@@ -82,7 +87,9 @@ class Step:
     decay: Decay = "none"
     amsgrad: bool = False
     maximize: bool = False
-    interpolation: Literal["start", "end", "mixed"] = "start"
+    flushes: bool = False
+    stochastic: bool = False
+    interpolation: Interpolation = "start"
     altered: frozenset[str] = frozenset()
 
     def format_of(self, name: str) -> Format:
@@ -102,6 +109,10 @@ class Step:
     def reads(self, name: str) -> tuple[str, ...]:
         """Name the tensors that the formula of a tensor of the state reads (see `Tensors`), but for `tail`."""
         return tuple(x for x in _trial(self, name)[0] if x != "tail")
+
+    def reads_tail(self, name: str) -> bool:
+        """Tell whether the formula of a tensor of the state asks which elements are in the scalar loop."""
+        return "tail" in _trial(self, name)[0]
 
     def reads_scalars(self, name: str) -> tuple[str, ...]:
         """Name the scalars that the formula of a tensor of the state reads."""

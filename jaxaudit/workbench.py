@@ -20,7 +20,7 @@ from jaxaudit.comparison import Comparison
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
-from jaxaudit.operations import Formulation, NumpyOperations
+from jaxaudit.operations import Formulation, numpy_operations
 from jaxaudit.recording import Recording, Window
 from jaxaudit.replay import FreeRun, Program, Recorded, Replayer
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
@@ -261,7 +261,8 @@ class Workbench:
             i.tensor: np.asarray(arrays[i.tensor][k : k + 1 + (i.tensor != "grad")])[:, chosen]
             for i in program.inputs
         }
-        ops, tail = NumpyOperations(), self.tail(candidate, rows)[chosen]
+        ops = numpy_operations(flushes=program.step.flushes)
+        tail = self.tail(candidate, rows)[chosen]
         values = program.values(ops, cut, 1, tail)
         recorded = floats.decode(
             np.asarray(arrays[program.stage][k + 1])[chosen][None], program.recorded
