@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit import results
+from jaxaudit import results, stochastic
 from jaxaudit.comparison import (
     NONFINITE,
     TINY,
@@ -19,10 +19,10 @@ from jaxaudit.comparison import (
     sum_groups,
 )
 from jaxaudit.floats import FLOAT16
-from jaxaudit.operations import Formulation
+from jaxaudit.operations import Formulation, narrow_patterns
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
 from jaxaudit.replay import Program, Recorded
-from jaxaudit.steps import STAGES, Stage
+from jaxaudit.steps import STAGES, Stage, Step
 from jaxaudit.workbench import Candidate, Workbench
 
 
@@ -56,6 +56,7 @@ class Tables:
         self.first = np.full((*staged[:2], len(results.MISMATCH_FIELDS)), results.NOT_AUDITED)
         self.observed = np.zeros(count[1:])
         self.predicted, self.difference, self.product = (np.full(count, math.nan) for _ in range(3))
+        self.roundings = np.zeros((3, *count, stochastic.BINS))
         self.nonfinite = np.zeros((len(self.tensors), *count[1:]), np.int64)
         self.unrepresentable = np.zeros_like(self.nonfinite)
 
@@ -73,12 +74,82 @@ class Tables:
         return slice(window.first - self.steps[0], window.first - self.steps[0] + window.steps)
 
 
+class Divergence:
+    """How far each arithmetic, left to itself, gets from the recording.
+
+    It starts from the recorded weights and moments and sees nothing but the gradients from then on.
+    """
+
+    def __init__(self, bench: Workbench, tables: Tables, candidates: Sequence[Candidate]):
+        self._bench, self._tables, self._candidates = bench, tables, candidates
+        count = (len(candidates), tables.steps[1] - tables.steps[0], len(tables.groups.members))
+        self.runs = [self._can_run(candidate) for candidate in candidates]
+        kept = np.array(self.runs)[:, None, None]
+        self.mismatches = np.where(kept, np.zeros(count, np.int64), results.NOT_AUDITED)
+        self.distances = self.mismatches.copy()
+        self.squares = np.where(kept, np.zeros(count), math.nan)
+        self._apart: set[tuple[int, tuple[int, int]]] = set()
+
+    def follow(
+        self,
+        a: int,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+        exact: bool,
+    ) -> None:
+        """Take a window into account.
+
+        Args:
+            a: number of the candidate.
+            window: the window.
+            arrays: its recorded patterns.
+            members: each group's rows in it.
+            exact: every stage was audited in it and came out bit for bit.
+        """
+        candidate, key = self._candidates[a], (a, window.rows)
+        step = self._bench.step(candidate)
+        # As long as each step leads from the recorded state to the recorded state, its own state is that one.
+        if not self.runs[a] or (key not in self._apart and exact and self._proves(step)):
+            return
+        self._apart.add(key)
+        run = self._bench.run(candidate, step.state, window, arrays)["param"][1:]
+        recorded, storage = arrays["param"], self._bench.recording.storage
+        fmt, formulation = step.param_format, "float64"
+        if step.keeps_more:
+            run, fmt = narrow_patterns(run, storage), storage
+        comparison, place = self._bench.comparison, self._tables.place(window)
+        counts, distances = comparison.mismatches(run, fmt, recorded, storage)
+        squares = comparison.inner_products(run, fmt, recorded, storage, formulation)[1]
+        self.mismatches[a, place] += sum_groups(counts[: window.steps], members)
+        self.distances[a, place] = np.maximum(
+            self.distances[a, place], max_groups(distances[: window.steps], members)
+        )
+        self.squares[a, place] += sum_groups(squares[: window.steps], members)
+
+    def _can_run(self, candidate: Candidate) -> bool:
+        recording, step = self._bench.recording, self._bench.step(candidate)
+        started = self._tables.steps[0] == 1 and recording.first_step == 1
+        known = all(name in recording.formats for name in step.state) and not step.keeps_more
+        return "grad" in recording.formats and not step.stochastic and (started or known)
+
+    def _proves(self, step: Step) -> bool:
+        """Tell whether the audited stages are all of a step's state."""
+        return {*step.state} <= {*STAGES} and not self._bench.replayer.hidden(step)
+
+
 class Accountant:
     """Takes windows, one after the other, into the tables."""
 
-    def __init__(self, bench: Workbench, tables: Tables, candidates: Sequence[Candidate]):
+    def __init__(
+        self,
+        bench: Workbench,
+        tables: Tables,
+        candidates: Sequence[Candidate],
+        divergence: Divergence | None = None,
+    ):
         self._bench, self._tables = bench, tables
-        self._candidates = candidates
+        self._candidates, self._divergence = candidates, divergence
         for a, candidate in enumerate(candidates):
             tables.mark_audited(a, bench.stages(candidate))
 
@@ -93,13 +164,18 @@ class Accountant:
         clean: set[str] = set()
         for a, candidate in enumerate(self._candidates):
             read = self._bench.with_hidden(candidate, window, arrays)
-            for stage in self._bench.stages(candidate):
+            stages, differing = self._bench.stages(candidate), False
+            for stage in stages:
                 outcome = self._replay(candidate, stage, window, read)
+                differing |= outcome.flags is not None
                 self._enter(a, stage, outcome, window, arrays, members)
                 clean |= self._proved(outcome)
                 if stage == "param":
                     tiny = bool(param & TINY) or outcome.formulation == "float64"
                     self._enter_norms(a, outcome, window, arrays, members, observed, tiny)
+            if self._divergence:
+                exact = not differing and stages == STAGES
+                self._divergence.follow(a, window, arrays, members, exact)
         self._look_at_values(window, arrays, members, param, clean)
 
     def run_up(self, window: Window) -> None:
@@ -113,7 +189,8 @@ class Accountant:
     ) -> _Outcome:
         bench, program = self._bench, self._bench.program(candidate, stage)
         flags, formulation = bench.flags(candidate, stage, window, arrays)
-        if not flags.any():
+        chance = stage == "param" and program.step.stochastic
+        if not flags.any() and not chance:
             return _Outcome(program, formulation, None, None)
         replayed = bench.results(candidate, stage, window, arrays, formulation)
         return _Outcome(program, formulation, flags, replayed)
@@ -133,12 +210,33 @@ class Accountant:
         counts, distances = self._bench.comparison.mismatches(
             outcome.replayed, outcome.program.result, arrays[stage], outcome.program.recorded
         )
+        if stage == "param" and outcome.program.step.stochastic:
+            wrong = outcome.flags.reshape(window.steps, counts.shape[1], -1) != 0
+            counts[: window.steps] = wrong.sum(axis=-1)
+            distances[: window.steps][~wrong.any(axis=-1)] = 0
+            self._enter_roundings(a, outcome, window, arrays, members)
+            if not wrong.any():
+                return
         tables.mismatches[a, s, place] += sum_groups(counts[: window.steps], members)
         tables.distances[a, s, place] = np.maximum(
             tables.distances[a, s, place], max_groups(distances[: window.steps], members)
         )
         if tables.first[a, s, 0] == results.NOT_AUDITED:
             tables.first[a, s] = self._locate(outcome, window, window.tensors[stage])
+
+    def _enter_roundings(
+        self,
+        a: int,
+        outcome: _Outcome,
+        window: Window,
+        arrays: Recorded,
+        members: list[NDArray[np.int64]],
+    ) -> None:
+        found = self._bench.comparison.roundings(outcome.replayed, arrays["param"])
+        place = self._tables.place(window)
+        for table, rows in zip(self._tables.roundings, found, strict=True):
+            for b in range(rows.shape[-1]):
+                table[a, place, :, b] += sum_groups(rows[: window.steps, :, b], members)
 
     def _locate(self, outcome: _Outcome, window: Window, recorded: NDArray[Any]) -> list[int]:
         """Describe the first differing element as `results.MISMATCH_FIELDS`."""

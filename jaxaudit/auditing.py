@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import xarray as xr
 
-from jaxaudit import results
-from jaxaudit.accounting import Accountant, Tables
+from jaxaudit import results, stochastic
+from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
@@ -59,16 +59,86 @@ def audit(
         BackendError: the backend is absent.
         SelfTestError: the device cannot compute what the audit needs.
     """
-    groups = groups or token_groups_of(recording)
-    check_names(arithmetics)
+    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    return _audit(request, run_freely=False)[0]
+
+
+def free_run(
+    recording: Recording,
+    groups: TokenGroups | None = None,
+    *,
+    arithmetics: str | Sequence[str] = "auto",
+    backend: Backend = "auto",
+    steps: tuple[int, int] | None = None,
+    window_steps: int | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Leave each arithmetic to itself: from the first weights and moments and the gradients alone.
+
+    The audit starts each step from the recorded state; here a step starts from where the one before it led. An
+    arithmetic that replays the recording exactly never parts from it; of any other this shows when it does, and
+    how fast the weights grow apart.
+
+    Args:
+        recording: the run; it needs gradients.
+        groups: as for `audit`; so are all other arguments.
+        arithmetics: which.
+        backend: where JAX runs.
+        steps: range of steps; the run starts from the recorded state before the first of them.
+        window_steps: steps per window.
+        progress: called after each window.
+
+    Returns:
+        The dataset of `results.FREE_RUN_VARIABLES`.
+
+    Raises:
+        FileError, ValueError, BackendError, SelfTestError: as `audit`.
+    """
+    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    return _audit(request, run_freely=True)[1]
+
+
+def audit_and_free_run(
+    recording: Recording,
+    groups: TokenGroups | None = None,
+    *,
+    arithmetics: str | Sequence[str] = "auto",
+    backend: Backend = "auto",
+    steps: tuple[int, int] | None = None,
+    window_steps: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Return what `audit` and `free_run` return, from one reading of the recording."""
+    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    return _audit(request, run_freely=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """The arguments of `audit`."""
+
+    recording: Recording
+    groups: TokenGroups | None
+    arithmetics: str | Sequence[str]
+    backend: Backend
+    steps: tuple[int, int] | None
+    window_steps: int | None
+    progress: Progress | None
+
+
+def _audit(request: _Request, *, run_freely: bool) -> tuple[xr.Dataset, xr.Dataset]:
+    recording, progress = request.recording, request.progress
+    groups = request.groups or token_groups_of(recording)
+    check_names(request.arithmetics)
     _check_groups(recording, groups)
-    steps = check_steps(recording, steps)
-    device = find_device(backend)
+    steps = check_steps(recording, request.steps)
+    device = find_device(request.backend)
     with jax.enable_x64(True), jax.default_device(device):
-        bench = Workbench(recording, device, steps, window_steps)
-        candidates = choose(bench, arithmetics)
+        bench = Workbench(recording, device, steps, request.window_steps)
+        candidates = choose(bench, request.arithmetics)
         tables = Tables(recording, groups, [c.arithmetic.name for c in candidates], steps)
-        accountant = Accountant(bench, tables, candidates)
+        divergence = Divergence(bench, tables, candidates) if run_freely else None
+        accountant = Accountant(bench, tables, candidates, divergence)
         if steps[0] > 1 and any(bench.hidden(candidate) for candidate in candidates):
             for window in bench.windows((1, steps[0])):
                 accountant.run_up(window)
@@ -78,7 +148,27 @@ def audit(
             done += sum(array.nbytes for array in window.tensors.values())
             if progress:
                 progress(min(done, total), total)
-    return _label(bench, tables, candidates)
+    dataset = _label(bench, tables, candidates)
+    return dataset, _label_free_run(dataset, divergence) if divergence else xr.Dataset()
+
+
+def _label_free_run(dataset: xr.Dataset, divergence: Divergence) -> xr.Dataset:
+    apart = divergence.mismatches > 0
+    steps = dataset.timestep.values[:, None]
+    first = np.where(
+        apart.any(axis=1), np.where(apart, steps, np.iinfo(np.int64).max).min(axis=1), 0
+    )
+    first[~np.array(divergence.runs)] = results.NOT_AUDITED
+    arrays = {
+        "mismatch_count": divergence.mismatches,
+        "max_ulp_distance": divergence.distances,
+        "norm_divergence": np.sqrt(divergence.squares),
+        "first_divergence": first,
+    }
+    names = ("timestep", "token_group", "arithmetic")
+    coordinates = {name: dataset[name].values for name in names}
+    title = {"title": "weights of each arithmetic left to itself against the recorded ones"}
+    return results.label(arrays, coordinates, title, results.FREE_RUN_VARIABLES)
 
 
 def _check_groups(recording: Recording, groups: TokenGroups) -> None:
@@ -114,6 +204,8 @@ def _label(bench: Workbench, tables: Tables, candidates: Sequence[Candidate]) ->
         "unrepresentable_count": tables.unrepresentable,
         "learning_rate": rates,
     }
+    if any(c.arithmetic.stochastic for c in candidates):
+        arrays |= _roundings(tables, [c.arithmetic.stochastic for c in candidates])
     if recording.losses is not None:
         arrays["loss"] = recording.losses[steps]
     coordinates = {
@@ -124,9 +216,26 @@ def _label(bench: Workbench, tables: Tables, candidates: Sequence[Candidate]) ->
         "tensor": [TENSOR_KEYS[name] for name in tables.tensors],
         "mismatch_field": list(results.MISMATCH_FIELDS),
     }
+    if "rounding_p_value" in arrays:
+        edges = np.arange(stochastic.BINS) / stochastic.BINS
+        coordinates["fraction_bin"] = edges + 0.5 / stochastic.BINS
     dataset = results.label(arrays, coordinates, {})
     dataset.attrs = _provenance(bench, dataset, candidates)
     return dataset
+
+
+def _roundings(tables: Tables, by_chance: Sequence[bool]) -> dict[str, Any]:
+    """Sum up what stochastic rounding did, where an arithmetic has it."""
+    found = np.where(np.array(by_chance)[:, None, None, None], tables.roundings, math.nan)
+    whole = found.sum(axis=2)
+    return {
+        "rounded_away_count": found[0].sum(axis=-1),
+        "rounded_away_expected": found[1].sum(axis=-1),
+        "rounding_p_value": stochastic.p_value(*found),
+        "rounded_away_count_by_fraction": whole[0],
+        "rounded_away_expected_by_fraction": whole[1],
+        "rounding_p_value_of_all_timesteps": stochastic.p_value(*whole),
+    }
 
 
 def _provenance(
@@ -177,6 +286,9 @@ def fitting_arithmetics(dataset: xr.Dataset) -> list[str]:
     audited = dataset.audited == 1
     wrong = dataset.mismatch_count.where(audited, 0).sum(("stage", "timestep", "token_group"))
     fits = (wrong == 0) & audited.any("stage")
+    if "rounding_p_value_of_all_timesteps" in dataset:
+        by_chance = dataset.rounding_p_value_of_all_timesteps.sel(token_group="all")
+        fits &= ~(by_chance < stochastic.LEAST_P_VALUE)
     return [str(name) for name in dataset.arithmetic.values[fits.values]]
 
 

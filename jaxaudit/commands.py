@@ -96,7 +96,7 @@ def run_audit(
                 _check_free(path, overwrite=request.overwrite)
             for folder in {path.parent for path in outputs}:
                 _check_writable(folder)
-            dataset = auditing.audit(
+            dataset, own_way = auditing.audit_and_free_run(
                 recording,
                 groups,
                 arithmetics=wanted,
@@ -104,8 +104,8 @@ def run_audit(
                 steps=steps,
                 progress=progress,
             )
-        _write(request, dataset, output)
-    return _status(request, dataset), _text(request, dataset, output)
+        _write(request, dataset, own_way, output)
+    return _status(request, dataset), _text(request, dataset, own_way, output)
 
 
 @contextlib.contextmanager
@@ -260,11 +260,11 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _write(request: AuditRequest, dataset: xr.Dataset, output: Path) -> None:
+def _write(request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path) -> None:
     """Write every file under a temporary name first: all of them appear, or none."""
     with contextlib.ExitStack() as unfinished:
         written = []
-        for path, write in _writers(request, dataset, output):
+        for path, write in _writers(request, dataset, own_way, output):
             try:
                 temporary = unfinished.enter_context(results.temporary_beside(path))
                 write(temporary)
@@ -278,10 +278,10 @@ def _write(request: AuditRequest, dataset: xr.Dataset, output: Path) -> None:
 
 
 def _writers(
-    request: AuditRequest, dataset: xr.Dataset, output: Path
+    request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path
 ) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """Pair each output with the function that writes it."""
-    yield output, functools.partial(results.write, dataset)
+    yield output, functools.partial(results.write, dataset, groups={"free_run": own_way})
     if request.csv:
         names = itertools.product(dataset.token_group.values, dataset.arithmetic.values)
         for group, arithmetic in names:
@@ -316,16 +316,16 @@ def _status(request: AuditRequest, dataset: xr.Dataset) -> int:
     return 0 if met else NOT_AS_EXPECTED
 
 
-def _text(request: AuditRequest, dataset: xr.Dataset, output: Path) -> str:
+def _text(request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path) -> str:
     if request.json:
-        found: Mapping[str, Any] = summary.summarize(dataset) | {"output": str(output)}
+        found: Mapping[str, Any] = summary.summarize(dataset, own_way) | {"output": str(output)}
         if request.expect:
             found = dict(found) | {
                 "expected": request.expect,
                 "expectation_met": summary.replays_exactly(dataset, request.expect),
             }
         return json.dumps(found, allow_nan=False, default=_plain)
-    lines = [summary.describe(dataset)]
+    lines = [summary.describe(dataset, own_way)]
     if request.expect and not summary.replays_exactly(dataset, request.expect):
         lines.append(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit import stochastic
 from jaxaudit.devices import Device
-from jaxaudit.floats import FLOAT32, Format, differ
+from jaxaudit.floats import BFLOAT16, FLOAT32, Format, differ
 from jaxaudit.operations import (
     Formulation,
     Operations,
@@ -105,6 +106,23 @@ class Comparison:
         )
         sums = program(np.uint32(0), replayed, recorded)
         return tuple(self._finish(each, jnp.add) for each in sums)
+
+    def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
+        """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
+
+        Args:
+            replayed: float32 patterns before rounding, (steps, elements).
+            recorded: bfloat16 patterns, (steps + 1, elements); row k + 1 belongs to `replayed[k]`.
+
+        Returns:
+            What was rounded away from zero, its expectation, and the variance of that; each of shape
+            (steps, rows, BINS). Weights that are neither neighbour do not count.
+        """
+        found = _roundings_program(self._width, self._device)(replayed, recorded)
+        away, fractions, products = (
+            np.stack([self._finish(each, jnp.add) for each in bins], axis=-1) for bins in found
+        )
+        return away.astype(np.float64), fractions / 2.0**16, products / 2.0**32
 
     def _finish(self, lanes: jax.Array, combine: Callable) -> NDArray[Any]:
         while lanes.shape[-1] > 1:
@@ -220,6 +238,25 @@ def _distance_program(
         wide = widen_patterns(replayed, replayed_format)
         a, b = line(narrow_patterns(wide, recorded_format)), line(recorded)
         return _fold((jnp.maximum(a, b) - jnp.minimum(a, b)).reshape(-1, width), jnp.maximum)
+
+    return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _roundings_program(width: int, device: Device) -> Callable:
+    def one_step(replayed: Any, recorded: Any) -> tuple[tuple[jax.Array, ...], ...]:
+        wide = widen_patterns(recorded, BFLOAT16)
+        counted, bins = stochastic.possible(replayed, wide), stochastic.bin_of(replayed)
+        low = (replayed & np.uint32(0xFFFF)).astype(jnp.float64)
+        # All integers below 2^53: the sums are exact in any order.
+        terms = (stochastic.away(replayed, wide).astype(jnp.float64), low, low * (65536 - low))
+        return tuple(
+            tuple(
+                _fold(jnp.where(counted & (bins == b), term, 0.0).reshape(-1, width), jnp.add)
+                for b in range(stochastic.BINS)
+            )
+            for term in terms
+        )
 
     return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
 

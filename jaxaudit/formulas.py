@@ -59,7 +59,7 @@ def exp_avg_lerp(k: Kernel) -> Value:
     from_end = k.fused(k.s["exp_avg_weight"], change, g, where)
     # g - (g - m)*(1 - w) differs where w is 1: in the sign of zero, for a gradient of -0.
     scalar = k.fused(k.s["exp_avg_rest"], ops.negate(change), g, where)
-    from_end = ops.where(k.tail(), scalar, from_end) if k.step.fuses else scalar
+    from_end = ops.where(k.tail(), scalar, from_end)
     if k.step.interpolation == "end":
         return from_end
     return ops.where(k.s["exp_avg_from_end"] != 0, from_end, from_start)
@@ -322,7 +322,9 @@ def exp_avg_anyprecision(k: Kernel) -> Value:
 def gradient_torchao(k: Kernel) -> Value:
     """Add weight_decay*p to the gradient, not fused."""
     g = k.plain_gradient()
-    return k.unfused(k.s["l2"], k.x["param"], g, "the L2 term") if k.step.decay == "l2" else g
+    if k.step.decay != "l2":
+        return g
+    return k.ops.add(g, k.ops.multiply(k.s["l2"], k.x["param"]))
 
 
 def exp_avg_torchao(k: Kernel) -> Value:

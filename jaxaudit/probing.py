@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit import floats
+from jaxaudit import floats, stochastic
 from jaxaudit.arithmetics import chunk_tails, depends_on_tail, tail_elements
 from jaxaudit.operations import numpy_operations
 from jaxaudit.recording import Recording
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import Scalars, Stage, Step
+from jaxaudit.stochastic import LEAST_P_VALUE
 from jaxaudit.workbench import Candidate, Workbench
 
 #: Largest part of a timestep that is read to choose elements from.
@@ -157,7 +158,9 @@ class Probe:
             x = self.inputs(candidate, stage) | {"tail": np.uint8(0) if tail is None else tail}
             found = self.replay(step, stage, scalars, x)
             a, b = (np.ascontiguousarray(v).view(np.uint32) for v in (found, self.recorded(stage)))
-            self._memory[key] = floats.differ(a, b)
+            self._memory[key] = step.differs(stage, a, b)
+            if step.stochastic and stage == "param":
+                self._memory[key] |= stochastic.p_value(*stochastic.tally(a, b)) < LEAST_P_VALUE
         return self._memory[key]
 
     def _runs_freely(self, step: Step, stage: Stage) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit import floats
+from jaxaudit.conformance import inexact_operations
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
@@ -187,10 +188,14 @@ class Replayer:
 
     def self_tests(self) -> dict[str, str]:
         """Report every self-test that was made: "passed", or what came out wrong."""
-        return {
+        found = {
             f"{program.name} {program.stage} in {formulation}": verdict or "passed"
             for (program, formulation), verdict in self._verdicts.items()
         }
+        for formulation in sorted({f for (_, f), verdict in self._verdicts.items() if verdict}):
+            inexact = inexact_operations(self.device, formulation)
+            found[f"operations in {formulation}"] = f"inexact: {', '.join(inexact) or 'none'}"
+        return found
 
     def _flags(self, program: Program, formulation: Formulation, *rest: Any) -> NDArray[np.uint8]:
         compiled = _flags_program(program, formulation, self.device)
@@ -211,10 +216,12 @@ class Replayer:
         """
         verdict = self._verdict(program, formulation)
         if verdict:
+            inexact = inexact_operations(self.device, formulation)
             raise SelfTestError(
                 f"self-test failed on {self.device.platform} ({self.device.device_kind}): {program.stage} of "
-                f"{program.name} in {formulation}: {verdict}. Use another backend, for "
-                "example --backend cpu."
+                f"{program.name} in {formulation}: {verdict}. Inexact here: "
+                f"{', '.join(inexact) or 'no single operation'}. Use another backend, for example "
+                "--backend cpu."
             )
 
     def _verdict(self, program: Program, formulation: Formulation) -> str:
@@ -340,7 +347,9 @@ class _Trial:
             same = rng.integers(0, 2, tried).astype(bool)
             values = floats.decode(self.expected[-1], program.result)
             target[-1] = np.where(same, floats.encode(values, program.recorded), target[-1])
-        return _differ(self.expected, target[1:], program.result, program.recorded)
+        wide_a = floats.decode(self.expected, program.result).view(np.uint32)
+        wide_b = floats.decode(target[1:], program.recorded).view(np.uint32)
+        return np.asarray(program.step.differs(program.stage, wide_a, wide_b))
 
     def describe(self, where: tuple[Any, ...], results: NDArray[Any]) -> str:
         """Name one wrong element's inputs, result and expectation, as bit patterns."""
@@ -421,7 +430,8 @@ def _flags_program(program: Program, formulation: Formulation, device: Device) -
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
             ops = operations_of(formulation, zero, flushes=program.step.flushes)
             replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
-            differs = floats.differ(ops.patterns32(replayed), ops.patterns32(recorded))
+            patterns = ops.patterns32(replayed), ops.patterns32(recorded)
+            differs = program.step.differs(program.stage, *patterns)
             flags = differs.astype(jnp.uint8) * DIFFERS
             if isinstance(ops, Float32Operations):
                 for value in (*x.values(), replayed):

@@ -45,6 +45,7 @@ class Field:
 
 _PER_STAGE = ("arithmetic", "stage", "timestep", "token_group")
 _PER_ARITHMETIC = ("arithmetic", "timestep", "token_group")
+_PER_FRACTION = ("arithmetic", "token_group", "fraction_bin")
 _PER_TENSOR = ("tensor", "timestep", "token_group")
 
 COORDINATES = {
@@ -54,6 +55,9 @@ COORDINATES = {
     "stage": Field(("stage",), "str", "1", "part of the optimizer step"),
     "tensor": Field(("tensor",), "str", "1", "recorded tensor"),
     "mismatch_field": Field(("mismatch_field",), "str", "1", "what is told of a mismatch"),
+    "fraction_bin": Field(
+        ("fraction_bin",), "float64", "1", "fraction of the way to the neighbour away from zero"
+    ),
 }
 
 VARIABLES = {
@@ -117,15 +121,79 @@ VARIABLES = {
         "recorded elements that the parameter's format does not hold exactly",
         "0 for a moment stored as float32 that has in truth the parameter's precision",
     ),
+    "rounded_away_count": Field(
+        _PER_ARITHMETIC,
+        "float64",
+        "1",
+        "weights that stochastic rounding took away from zero",
+        "NaN for arithmetics without stochastic rounding; weights that are neither neighbour do not count",
+    ),
+    "rounded_away_expected": Field(
+        _PER_ARITHMETIC, "float64", "1", "expected number of weights rounded away from zero"
+    ),
+    "rounding_p_value": Field(
+        _PER_ARITHMETIC,
+        "float64",
+        "1",
+        "p-value of stochastic rounding",
+        "Pearson's chi-square over bins of the fraction between the two neighbours",
+    ),
+    "rounded_away_count_by_fraction": Field(
+        _PER_FRACTION, "float64", "1", "weights rounded away from zero, by fraction"
+    ),
+    "rounded_away_expected_by_fraction": Field(
+        _PER_FRACTION,
+        "float64",
+        "1",
+        "expected number of weights rounded away from zero, by fraction",
+    ),
+    "rounding_p_value_of_all_timesteps": Field(
+        ("arithmetic", "token_group"),
+        "float64",
+        "1",
+        "p-value of stochastic rounding over all timesteps",
+    ),
     "loss": Field(("timestep",), "float64", "1", "training loss"),
     "learning_rate": Field(("timestep",), "float64", "1", "learning rate"),
 }
 
 
+#: The group `free_run` of an audit's file: each arithmetic left to itself from the recording's start.
+FREE_RUN_VARIABLES = {
+    "mismatch_count": Field(
+        _PER_ARITHMETIC,
+        "int64",
+        "1",
+        "weights whose bits differ from the recorded ones",
+        f"{NOT_AUDITED} where the recording lacks what the run starts from, or where chance decides",
+    ),
+    "max_ulp_distance": Field(
+        _PER_ARITHMETIC, "int64", "ulp", "largest distance between its own and the recorded weight"
+    ),
+    "norm_divergence": Field(
+        _PER_ARITHMETIC, "float64", "1", "L2 norm of its own minus the recorded weights"
+    ),
+    "first_divergence": Field(
+        ("arithmetic", "token_group"),
+        "int64",
+        "1",
+        "first timestep at which a weight differs",
+        f"0 where none ever does; {NOT_AUDITED} as for mismatch_count",
+    ),
+}
+
+
+#: Variables that only some audits have.
+_OPTIONAL = {"loss", *(name for name in VARIABLES if name.startswith("round"))}
+
+
 def label(
-    arrays: Mapping[str, np.ndarray], coordinates: Mapping[str, Any], attributes: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray],
+    coordinates: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    table: Mapping[str, Field] = VARIABLES,
 ) -> xr.Dataset:
-    """Put names, units and dtypes to arrays, as the table of variables says.
+    """Put names, units and dtypes to arrays, as a table of variables says.
 
     Raises:
         KeyError: an array that the table does not know.
@@ -136,9 +204,9 @@ def label(
     }
     variables = {
         name: (
-            VARIABLES[name].dims,
-            np.asarray(array, VARIABLES[name].dtype),
-            _attributes(VARIABLES[name]),
+            table[name].dims,
+            np.asarray(array, table[name].dtype),
+            _attributes(table[name]),
         )
         for name, array in arrays.items()
     }
@@ -160,12 +228,23 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str], *, overwrite: bool =
         publish(temporary, target)
 
 
-def write(dataset: xr.Dataset, path: Path) -> None:
+def write(dataset: xr.Dataset, path: Path, groups: Mapping[str, xr.Dataset] | None = None) -> None:
     """Write a NetCDF file in place.
+
+    Args:
+        dataset: what `xr.open_dataset` shows.
+        path: the file.
+        groups: further datasets, by the name of their group (see `xr.open_datatree`).
 
     Raises:
         OSError: it cannot be written.
     """
+    _write_group(dataset, path, None)
+    for name, group in (groups or {}).items():
+        _write_group(group, path, name)
+
+
+def _write_group(dataset: xr.Dataset, path: Path, group: str | None) -> None:
     # No fill values: xarray would read integers that have one back as floating point.
     encoding = {str(name): {"_FillValue": None} for name in dataset.variables}
     attributes = {name: _encodable(value) for name, value in dataset.attrs.items()}
@@ -174,6 +253,8 @@ def write(dataset: xr.Dataset, path: Path) -> None:
             path.absolute(),  # xarray would take some relative names for addresses
             engine="netcdf4",
             encoding=encoding,
+            mode="w" if group is None else "a",
+            group=group,
         )
     except (RuntimeError, OSError) as error:  # netCDF does not tell why a write failed
         full = shutil.disk_usage(path.parent).free < dataset.nbytes + _LABEL_BYTES
@@ -217,7 +298,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
         ValueError: the file lacks a variable of the table.
     """
     dataset = xr.load_dataset(path, engine="netcdf4")
-    missing = [name for name in VARIABLES if name not in dataset and name != "loss"]
+    missing = [name for name in VARIABLES if name not in dataset and name not in _OPTIONAL]
     if missing:
         raise ValueError(f"{path}: not the dataset of an audit; it lacks {', '.join(missing)}.")
     return dataset

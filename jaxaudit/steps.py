@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit import floats, stochastic
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.operations import Mask, NumpyOperations, Operations, Value
 
@@ -139,6 +140,19 @@ class Step:
     ) -> Value:
         """Compute a stage's values as they were recorded: a kept weight may be recorded as a copy."""
         return ops.round_to(self.replay(stage, ops, scalars, x), self.result_format(stage))
+
+    def differs(self, stage: str, replayed: Value, recorded: Value) -> Mask:
+        """Mark where a recorded value is not what was replayed, or, rounded by chance, cannot come of it.
+
+        Args:
+            stage: which tensor.
+            replayed: float32 patterns, uint32.
+            recorded: likewise.
+        """
+        differs = floats.differ(replayed, recorded)
+        if not (self.stochastic and stage == "param"):
+            return differs
+        return differs & ~stochastic.possible(replayed, recorded)
 
     def advance(
         self,

@@ -13,11 +13,31 @@ from jaxaudit.safetensors_file import printable
 RATIO_BAND = (0.99, 1.01)
 
 
-def summarize(dataset: xr.Dataset) -> dict[str, Any]:
-    """Return the summary of an audit as values that JSON can hold.
+def summarize(dataset: xr.Dataset, free_run: xr.Dataset | None = None) -> dict[str, Any]:
+    """Return the summary of an audit, and of a free run, as values that JSON can hold.
 
     A timestep at which neither replay nor recording moves agrees, in every count here.
     """
+    found = _summarize_audit(dataset)
+    return found if free_run is None else found | {"free_run": _summarize_free_run(free_run)}
+
+
+def _summarize_free_run(free_run: xr.Dataset) -> dict[str, Any]:
+    """Tell for each arithmetic when it first parts from the recording, and how far it is at the end."""
+    end = free_run.isel(timestep=-1)
+    return {
+        str(name): {
+            "first_divergence": _by_group(free_run, free_run.first_divergence.sel(arithmetic=name)),
+            "mismatch_count_at_the_end": _by_group(end, end.mismatch_count.sel(arithmetic=name)),
+            "max_ulp_distance_at_the_end": _by_group(
+                end, end.max_ulp_distance.sel(arithmetic=name)
+            ),
+        }
+        for name in free_run.arithmetic.values
+    }
+
+
+def _summarize_audit(dataset: xr.Dataset) -> dict[str, Any]:
     attributes = dataset.attrs
     return {
         "source": attributes["source"],
@@ -51,9 +71,9 @@ def replays_exactly(dataset: xr.Dataset, arithmetic: str) -> bool:
     return bool(audited.sel(stage="param")) and wrong == 0
 
 
-def describe(dataset: xr.Dataset) -> str:
+def describe(dataset: xr.Dataset, free_run: xr.Dataset | None = None) -> str:
     """Say in plain text what was read, what the state's precision is, and what agrees."""
-    found = summarize(dataset)
+    found = summarize(dataset, free_run)
     lines = [
         _recording_line(dataset, found),
         f"Optimizer   {_hyperparameter_line(found['hyperparameters'])}",
@@ -66,6 +86,7 @@ def describe(dataset: xr.Dataset) -> str:
         *_timestep_table(found),
         "",
         *_first_mismatch_lines(found),
+        *_free_run_lines(found),
         *_nonfinite_lines(found),
         _verdict(found),
     ]
@@ -180,6 +201,21 @@ def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"First weight that differs under {name}: timestep {at['timestep']}, token {at['token']}, "
                 f"position {at['position']}, recorded {at['recorded_bits']:#x}, replayed {at['replayed_bits']:#x}"
+            )
+    return lines
+
+
+def _free_run_lines(found: dict[str, Any]) -> list[str]:
+    lines, total = [], found["element_count"]["all"]
+    for name, one in found.get("free_run", {}).items():
+        first, count = one["first_divergence"]["all"], one["mismatch_count_at_the_end"]["all"]
+        if first == 0:
+            lines.append(f"{name}, left to itself with the gradients alone, never parts from it.")
+        elif first > 0:
+            far = one["max_ulp_distance_at_the_end"]["all"]
+            lines.append(
+                f"{name}, left to itself with the gradients alone, parts from it at timestep {first:,}; in the "
+                f"end {count:,} of {total:,} weights differ, by up to {far:,} ulp."
             )
     return lines
 

@@ -276,7 +276,7 @@ class Workbench:
             patterns = (
                 np.ascontiguousarray(v, np.float32).view(np.uint32) for v in (found, recorded)
             )
-            counts[nudge] = int(floats.differ(*patterns).sum())
+            counts[nudge] = int(program.step.differs(program.stage, *patterns).sum())
             if not counts[nudge]:
                 break
         return dict.fromkeys(candidate.arithmetic.nudges(candidate.given), flags.size) | counts
