@@ -487,10 +487,17 @@ _OPTAX_COMPILED = {
 _OPTAX_FORMS = {
     "": {},
     "compiled": _OPTAX_COMPILED,
+    "compiled, epsilon of zero": {
+        "param": formulas.param_optax_without_epsilon,
+        "storages": (BFLOAT16, FLOAT16),
+    },
+    # A moment narrower than the weights feeds the update before it is rounded.
+    "first moment in bfloat16": {"reads_stored": False, "storages": (FLOAT16, FLOAT32)},
+    "compiled, first moment in bfloat16": _OPTAX_COMPILED | {"reads_stored": False},
     "compiled, first moment in float32": {
         "exp_avg": formulas.exp_avg_optax_compiled_mixed,
         "param": formulas.param_optax_compiled,
-        "storages": (BFLOAT16,),
+        "storages": (BFLOAT16, FLOAT16),
     },
 }
 _SUBNORMALS = {"": {}, "with subnormal numbers": {"flushes": False}}

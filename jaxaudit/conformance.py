@@ -100,7 +100,24 @@ def _hard_patterns(formulation: Formulation) -> list[NDArray[np.uint32]]:
         special = rng.choice(np.array([0, 1 << 31, 0x7F800000, 0x7FC00000, 1], np.uint32), shape)
         kind = rng.integers(0, 5, shape)
         patterns = np.select([kind == 0, kind == 1, kind == 2], [anything, tiny, special], patterns)
+    patterns[:, : _TRIED // 8] = _nearly_ties(rng, _TRIED // 8)
     return list(patterns)
+
+
+def _nearly_ties(rng: np.random.Generator, count: int) -> NDArray[np.uint32]:
+    """Draw a, b, c for which a * b + c is so near to a tie that rounding it to float64 first makes it one.
+
+    a * b is (1 + 2^-23)(1 - 2^-23) = 1 - 2^-46 times half an ulp of c, or a little more than half an ulp.
+    """
+    one, low, high = 127, rng.integers(-10, 11, count), rng.integers(-10, 11, count)
+    up = np.full(count, 1)
+    down = np.full(count, (1 << 23) - 2)  # of the binade below: 1 - 2^-23
+    more = rng.integers(0, 2, count) == 0
+    a = (one + low) << 23 | up
+    b = np.where(more, (one + high) << 23 | up, (one + high - 1) << 23 | down)
+    c = (one + low + high + 24) << 23 | rng.integers(0, 1 << 23, count)
+    sign = rng.integers(0, 2, (2, count)) << 31
+    return np.stack([a | sign[0], b, c | sign[1]]).astype(np.uint32)
 
 
 def _kind(patterns: list[NDArray[np.uint32]], wrong: NDArray[np.bool_]) -> str:

@@ -6,7 +6,7 @@ the tensor is kept; `k.rounded` is the rounding after each operator, where an im
 
 import numpy as np
 
-from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.floats import FLOAT16, FLOAT32, Format
 from jaxaudit.operations import Value
 from jaxaudit.steps import Kernel
 
@@ -47,22 +47,22 @@ def gradient_cuda(k: Kernel) -> Value:
 def exp_avg_lerp(k: Kernel) -> Value:
     """`lerp(m, g, 1 - beta1)`: fma(w, g - m, m); where w >= 0.5 fma(w - 1, g - m, g).
 
-    In the latter case the scalar loop (and all of a build without fused multiply-add) computes
-    g - (g - m)*(1 - w).
+    In the latter case the scalar loop computes g - (g - m)*(1 - w).
     """
     ops, g, m = k.ops, k.gradient(), k.x["exp_avg"]
     change = ops.subtract(g, m)
     where = "the interpolation of exp_avg"
-    from_start = k.fused(k.s["exp_avg_weight"], change, m, where)
     if k.step.interpolation == "start":
-        return from_start
-    from_end = k.fused(k.s["exp_avg_weight"], change, g, where)
+        return k.fused(k.s["exp_avg_weight"], change, m, where)
+    at_end, scalar_loop = k.s["exp_avg_from_end"] != 0, k.tail()
+    # One fused operation whichever end is nearer: LLVM does not contract a product that two sums share.
+    nearer = g if k.step.interpolation == "end" else ops.where(at_end, g, m)
+    vector = k.fused(k.s["exp_avg_weight"], change, nearer, where)
     # g - (g - m)*(1 - w) differs where w is 1: in the sign of zero, for a gradient of -0.
     scalar = k.fused(k.s["exp_avg_rest"], ops.negate(change), g, where)
-    from_end = ops.where(k.tail(), scalar, from_end)
-    if k.step.interpolation == "end":
-        return from_end
-    return ops.where(k.s["exp_avg_from_end"] != 0, from_end, from_start)
+    if k.step.interpolation == "mixed":
+        scalar_loop = scalar_loop & at_end
+    return ops.where(scalar_loop, scalar, vector)
 
 
 def exp_avg_fused_cuda(k: Kernel) -> Value:
@@ -153,10 +153,16 @@ def decayed_weight(k: Kernel) -> Value:
     return k.rounded(k.ops.multiply(k.x["param"], k.s["decay"]), "the decayed weight")
 
 
+def _root(k: Kernel) -> Value:
+    """`sqrt(v)`: ATen calls the library for a float32 tensor; it takes the root of a 16-bit one itself."""
+    fmt, second = k.step.exp_avg_sq_format, k.new_second_moment()
+    own = k.step.rounds_operators and fmt is not FLOAT32
+    return k.rounded(k.ops.sqrt(second) if own else k.sqrt(second), "sqrt(exp_avg_sq)", fmt)
+
+
 def denominator(k: Kernel) -> Value:
     """`(sqrt(v) / sqrt(1 - beta2^t)) + eps`."""
-    fmt = k.step.exp_avg_sq_format
-    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
+    fmt, root = k.step.exp_avg_sq_format, _root(k)
     root = k.rounded(k.ops.divide(root, k.s["bias_correction2_sqrt"]), "the corrected root", fmt)
     return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
 
@@ -236,7 +242,7 @@ def param_capturable_loop(k: Kernel) -> Value:
     `capturable_divisor` and `capturable_epsilon` are these two scalars. On CUDA addcdiv of value 1 is the
     quotient added.
     """
-    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)")
+    root = _root(k)
     root = k.rounded(k.ops.divide(root, k.s["capturable_divisor"]), "the corrected root")
     divisor = k.rounded(k.ops.add(root, k.s["capturable_epsilon"]), "the denominator")
     return k.ops.add(decayed_weight(k), k.ops.divide(k.new_exp_avg(), divisor))
@@ -289,9 +295,9 @@ def compensation_kahan_optimi(k: Kernel) -> Value:
 
 def plain_denominator(k: Kernel) -> Value:
     """`sqrt(v) + eps`, without bias correction."""
-    fmt = k.step.exp_avg_sq_format
-    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
-    return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
+    return k.rounded(
+        k.ops.add(_root(k), k.s["epsilon"]), "the denominator", k.step.exp_avg_sq_format
+    )
 
 
 def param_optimi(k: Kernel) -> Value:
@@ -397,8 +403,16 @@ def largest_optax(k: Kernel) -> Value:
 
 
 def _corrected_optax(k: Kernel) -> Value:
-    corrected = k.ops.multiply(k.new_exp_avg_sq(), k.s["reciprocal_bias_correction2"])
+    second = k.new_exp_avg_sq()
+    if not k.step.reads_stored:  # of the moments, only the first has a format of its own
+        second = k.ops.round_to(second, k.step.exp_avg_sq_format)
+    corrected = k.ops.multiply(second, k.s["reciprocal_bias_correction2"])
     return k.rounded(corrected, "the corrected exp_avg_sq")
+
+
+def _root_optax(k: Kernel) -> Value:
+    second = k.new_second_moment() if k.step.amsgrad else _corrected_optax(k)
+    return k.rounded(k.ops.sqrt(k.ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
 
 
 def _update_format(k: Kernel) -> Format:
@@ -411,10 +425,13 @@ def param_optax(k: Kernel) -> Value:
     ops, fmt = k.ops, _update_format(k)
     first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
     first = k.rounded(first, "the corrected exp_avg", fmt)
-    second = k.x["new_max_exp_avg_sq"] if k.step.amsgrad else _corrected_optax(k)
-    root = k.rounded(ops.sqrt(ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
-    divisor = k.rounded(ops.add(root, k.s["epsilon"]), "the denominator")
+    divisor = k.rounded(ops.add(_root_optax(k), k.s["epsilon"]), "the denominator")
     update = k.rounded(ops.divide(first, divisor), "the quotient", fmt)
+    return _weight_optax(k, update)
+
+
+def _weight_optax(k: Kernel, update: Value) -> Value:
+    ops, fmt = k.ops, _update_format(k)
     if k.step.decay == "decoupled":
         decay = k.rounded(ops.multiply(k.s["l2"], k.x["param"]), "weight_decay * param")
         update = k.rounded(ops.add(update, decay), "the decayed update", fmt)
@@ -445,17 +462,39 @@ def exp_avg_sq_optax_compiled(k: Kernel) -> Value:
 
 def param_optax_compiled(k: Kernel) -> Value:
     """As `param_optax` with both last sums fused: fma(weight_decay, p, u), then fma(-lr, u, p)."""
-    ops = k.ops
-    first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
-    second = k.x["new_max_exp_avg_sq"] if k.step.amsgrad else _corrected_optax(k)
-    root = k.rounded(ops.sqrt(ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
-    update = ops.divide(first, ops.add(root, k.s["epsilon"]))
-    if k.step.decay == "decoupled":
-        update = k.fused(k.s["l2"], k.x["param"], update, "the decayed update")
-    return k.fused(k.s["minus_rate"], update, k.x["param"], "the new weight")
+    ops, s = k.ops, k.s
+    first, root = ops.multiply(k.new_exp_avg(), s["reciprocal_bias_correction1"]), _root_optax(k)
+    divisor = _rounded_within(k, ops.add(root, s["epsilon"]), "the denominator")
+    update = ops.divide(first, divisor)
+    if k.step.storage is k.step.exp_avg_format:
+        update = ops.where(s["epsilon"] == 0, _by_reciprocal(k, first, root), update)
+    if k.step.decay == "decoupled" and k.step.storage is FLOAT16:
+        decay = k.rounded(ops.multiply(s["l2"], k.x["param"]), "weight_decay * param")
+        update = ops.add(update, decay)
+    elif k.step.decay == "decoupled":
+        update = k.fused(s["l2"], k.x["param"], update, "the decayed update")
+    return k.fused(s["minus_rate"], update, k.x["param"], "the new weight")
+
+
+def param_optax_without_epsilon(k: Kernel) -> Value:
+    """As `param_optax` in a compiled step: with an epsilon of 0, m_hat / sqrt(v_hat) is m_hat * (1/sqrt(v_hat))."""
+    first = k.ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
+    first = k.rounded(first, "the corrected exp_avg")
+    return _weight_optax(k, _by_reciprocal(k, first, _root_optax(k)))
+
+
+def _by_reciprocal(k: Kernel, first: Value, root: Value) -> Value:
+    reciprocal = k.rounded(k.ops.divide(np.float32(1), root), "the reciprocal root")
+    return k.rounded(k.ops.multiply(first, reciprocal), "the quotient")
+
+
+def _rounded_within(k: Kernel, value: Value, what: str) -> Value:
+    """Round what XLA rounds within a fusion: to float16, not to bfloat16."""
+    return k.rounded(value, what) if k.step.storage is FLOAT16 else value
 
 
 def exp_avg_optax_compiled_mixed(k: Kernel) -> Value:
-    """fma(beta1, m, (1 - beta1)*g): a float32 moment of bfloat16 gradients."""
+    """fma(beta1, m, (1 - beta1)*g): a float32 moment of 16-bit gradients."""
     new = k.ops.multiply(k.s["exp_avg_weight"], k.gradient())
+    new = _rounded_within(k, new, "(1 - beta1) * grad")
     return k.fused(k.s["beta1"], k.x["exp_avg"], new, "exp_avg")

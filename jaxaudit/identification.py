@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from jaxaudit import floats, results
 from jaxaudit.arithmetics import (
@@ -45,8 +46,11 @@ _ELEMENTS, _MORE_ELEMENTS = 1 << 12, 1 << 16
 #: Timesteps of the probe from the start, for what was not recorded.
 _RUN = 24
 
-#: Step counts that are tried for a resumed run.
-_COUNTS = 20_000
+#: Largest step count that is tried for a resumed run, and elements that it is sought with.
+_COUNTS, _SOUGHT = 200_000, 1 << 12
+
+#: How often recorded values are combined anew to find an element that tells two candidates apart.
+_COMBINED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +116,26 @@ class Identifier:
         return best
 
     def judge(
-        self, candidate: Candidate, best: Finding | None = None, elements: int = _ELEMENTS
+        self,
+        candidate: Candidate,
+        best: Finding | None = None,
+        elements: int = _ELEMENTS,
+        *,
+        settle: bool = True,
     ) -> Finding | None:
-        """Count a candidate's mismatches; None as soon as they are more than another's."""
+        """Count a candidate's mismatches; None as soon as they are more than another's.
+
+        Args:
+            candidate: what to try.
+            best: the other.
+            elements: how many of each timestep.
+            settle: see `Probe.mismatches`.
+        """
         stages, probe = self._bench.stages(candidate), self._probe(candidate, elements)
         counts: dict[Stage, int | None] = dict.fromkeys(STAGES)
         for stage in stages:
-            counts[stage] = probe.mismatches(candidate, stage)
+            hopeful = settle and not any(counts.values())
+            counts[stage] = probe.mismatches(candidate, stage, settle=hopeful)
             partly = sum(count or 0 for count in counts.values()) / (len(stages) * probe.size)
             if best and partly > best.share:
                 return None
@@ -190,15 +207,21 @@ class Identifier:
     def _repaired(self, finding: Finding) -> Finding:
         """Look for hyperparameters other than the stored ones under which a candidate's name fits."""
         best = finding
+        near: list[Finding] = []
         for candidate in self._candidates(finding.candidate.arithmetic.name):
             for repaired in self._repairs(candidate):
-                judged = self.judge(repaired, best)
+                judged = self.judge(repaired, best, settle=False)
                 if judged and judged.fits:
                     judged = self.judge(repaired, elements=_MORE_ELEMENTS)
                 if judged and judged.share < best.share:
-                    best = judged
+                    near, best = [best, *near][:3], judged
                 if best.fits:
                     return best
+        # Scalars that are not known exactly are settled for the best few only: it takes its time.
+        for close in (best, *near):
+            judged = self.judge(close.candidate, elements=_MORE_ELEMENTS)
+            if judged and judged.fits:
+                return judged
         return best
 
     def _repairs(self, candidate: Candidate) -> Iterator[Candidate]:
@@ -409,41 +432,47 @@ def _with(candidate: Candidate, **choices: Sequence[Any]) -> list[Candidate]:
 def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> list[int]:
     """Find the counts that the recording's first step can have had, the roundest first.
 
-    A resumed run goes on counting where it was; the recording starts anew at 1. Every count is tried on the
-    weights of the probe's first timestep, part by part as long as it fits.
+    A resumed run goes on counting where it was; the recording starts anew at 1. The distance between replayed
+    and recorded weights grows to either side of the right count, so the search narrows down to it.
     """
-    timestep, counts = probe.timesteps[0], np.arange(1, _COUNTS + 1)
-    rates = np.full(counts.size, candidate.given.learning_rate[timestep - 1])
-    given = dataclasses.replace(candidate.given, count=StepCount(), learning_rate=rates)
-    step = bench.step(candidate)
-    scalars = scalars_of(step, candidate.arithmetic.rule, given, counts.tolist())
-    table = np.stack([scalars[name] for name in sorted(scalars)], axis=1)
-    # Counts with the same scalars are alike: the first of them stands for all.
-    _, first, alike = np.unique(table, axis=0, return_index=True, return_inverse=True)
-    alive, x, wanted = (
-        np.arange(first.size),
-        probe.inputs(candidate, "param"),
-        probe.recorded("param"),
+    timestep, step = probe.timesteps[0], bench.step(candidate)
+    part = slice(0, _SOUGHT)
+    x = {name: v[:1, part] for name, v in probe.inputs(candidate, "param").items()}
+    x["tail"] = probe.tail(candidate, step)[part]
+    wanted = probe.recorded("param")[:1, part]
+
+    def replayed(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+        rates = np.full(counts.size, candidate.given.learning_rate[timestep - 1])
+        given = dataclasses.replace(candidate.given, count=StepCount(), learning_rate=rates)
+        scalars = scalars_of(step, candidate.arithmetic.rule, given, counts.tolist())
+        return probe.replay(step, "param", scalars, x)
+
+    low, high, counts = 1, _COUNTS, np.unique(np.geomspace(1, _COUNTS, 64).astype(np.int64))
+    for _ in range(6):
+        with np.errstate(all="ignore"):
+            distance = np.nansum(np.abs(replayed(counts).astype(np.float64) - wanted), axis=1)
+        best = np.flatnonzero(distance == distance.min())
+        low, high = counts[max(best[0] - 1, 0)], counts[min(best[-1] + 1, counts.size - 1)]
+        if high - low < 64:
+            break
+        counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
+    some = {*counts.tolist(), *range(low, min(high, low + 64) + 1)}
+    for unit in (10_000, 1000, 100, 10):  # a run is resumed after a round number of steps
+        before = range(-(-(low - timestep) // unit) * unit, high, unit)
+        some |= {count + timestep for count in before[:64]}
+    order = sorted(
+        {c for c in some if low <= c <= high and c >= timestep},
+        key=lambda c: _roundness(c - timestep),
     )
-    size = probe.positions.size
-    tail = probe.tail(candidate, step)
-    for part in np.array_split(np.arange(size), -(-size // 128)):
-        chosen = {name: values[first[alive]] for name, values in scalars.items()}
-        values = {name: v[:1, part] for name, v in x.items()} | {"tail": tail[part]}
-        found = probe.replay(step, "param", chosen, values)
-        differ = floats.differ(found.view(np.uint32), wanted[:1, part].view(np.uint32))
-        alive = alive[~differ.any(axis=1)]
-        if not alive.size:
-            return []
-    possible = counts[np.isin(alike.reshape(-1), alive)] - timestep + 1
-    return sorted(possible[possible >= 1].tolist(), key=_roundness)[:64]
+    found = replayed(np.array(order, np.int64))
+    differ = floats.differ(found.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
+    return [c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong][:32]
 
 
-def _roundness(first: int) -> tuple[int, int]:
-    """Order counts by how round the number of steps before them is."""
-    before = first - 1
+def _roundness(before: int) -> tuple[int, int]:
+    """Order numbers of earlier steps by how round they are."""
     zeros = len(str(before)) - len(str(before).rstrip("0")) if before else 99
-    return -zeros, first
+    return -zeros, before
 
 
 def _separating(
@@ -456,7 +485,7 @@ def _separating(
     x, y = probe.inputs(a, stage), probe.inputs(b, stage)
     one, other = bench.step(a), bench.step(b)
     reads = one.reads(stage)
-    for _ in range(32):
+    for _ in range(_COMBINED):
         # Recorded values in new combinations: what another element, or another run, could have held.
         order = {
             name: rng.permutation(probe.positions.size) for name in {*reads, *other.reads(stage)}
@@ -501,10 +530,10 @@ def _label(
     numbers = np.array([[results.NOT_AUDITED if c is None else c for c in row] for row in counts])
     compared = np.array([f.compared for f in ranked], np.int64)
     share = np.where(numbers < 0, np.nan, numbers / np.maximum(compared, 1)[:, None])
-    apart = [
-        [identifier.tell_apart(a, b) if a is not b and a.fits and b.fits else "" for b in ranked]
-        for a in ranked
-    ]
+    apart = np.full((len(ranked), len(ranked)), "", object)
+    for (i, a), (k, b) in itertools.combinations(enumerate(ranked), 2):
+        if a.fits and b.fits:
+            apart[i, k] = apart[k, i] = identifier.tell_apart(a, b)
     over = "arithmetic"
     return xr.Dataset(
         {
@@ -519,7 +548,7 @@ def _label(
                 [json.dumps(f.candidate.given.differences(stored)) for f in ranked],
             ),
             "diagnosis": (over, [identifier.diagnose(f) for f in ranked]),
-            "told_apart_by": ((over, "other"), apart),
+            "told_apart_by": ((over, "other"), apart.astype(str)),
         },
         {over: names, "stage": list(STAGES), "other": names},
     )

@@ -85,7 +85,8 @@ class NumpyOperations:
         return np.ascontiguousarray(value, np.float32).view(np.uint32)
 
     def float64(self, value: Value) -> Value:
-        return np.asarray(value, np.float64)
+        with np.errstate(all="ignore"):
+            return np.asarray(value, np.float64)
 
     def negate(self, a: Value) -> Value:
         return -a
@@ -132,7 +133,8 @@ class NumpyOperations:
         return np.isnan(a)
 
     def wide(self, a: Value) -> Value:
-        return np.asarray(a, np.float64)
+        with np.errstate(all="ignore"):  # a signalling NaN
+            return np.asarray(a, np.float64)
 
     def narrow(self, a: Value) -> Value:
         with np.errstate(all="ignore"):
@@ -177,6 +179,7 @@ class Float32Operations:
     def __init__(self, zero: jax.Array):
         self._zero = zero
         self.strays: Any = False
+        self._calls = 0
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
         return _float(widen_patterns(patterns, fmt))
@@ -237,7 +240,10 @@ class Float32Operations:
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """Round a * b + c once, where the target has a fused multiply-add (the self-test finds out)."""
-        return self._mark_zero(a * b + c, _is_zero(c) & (_is_zero(a) | _is_zero(b)))
+        # LLVM fuses a product with the sum only where nothing else uses it: each call has one of its own.
+        self._calls += 1
+        own = _float(_bits(a) ^ (self._zero << np.uint32(self._calls % 31 + 1)))
+        return self._mark_zero(own * b + c, _is_zero(c) & (_is_zero(a) | _is_zero(b)))
 
     def where(self, mask: Mask, a: Value, b: Value) -> Value:
         return jnp.where(mask, a, b)

@@ -53,19 +53,39 @@ class Probe:
         """Elements compared in each stage."""
         return len(self.timesteps) * self.positions.size
 
-    def mismatches(self, candidate: Candidate, stage: Stage) -> int:
+    def mismatches(self, candidate: Candidate, stage: Stage, *, settle: bool = True) -> int:
         """Count the elements that a candidate gets wrong in a stage; exact for every input.
 
-        Where scalars are not known exactly, each timestep counts under the best of their values.
+        Args:
+            candidate: what to try.
+            stage: which stage.
+            settle: where scalars are not known exactly, let each timestep count under the best of their
+                values, as long as there is one that fits.
         """
-        step = self.bench.step(candidate)
-        nudges = candidate.arithmetic.nudges(candidate.given) if stage == "param" else (EXACT,)
-        best = self._wrong_by_timestep(candidate, step, stage, EXACT)
-        for nudge in nudges[1:]:
-            if not best.any():
+        wrong = self.wrong(candidate, stage).sum(axis=1)
+        nudges = candidate.arithmetic.nudges(candidate.given)
+        free = self._runs_freely(self.bench.step(candidate), stage)
+        if not settle or stage != "param" or len(nudges) == 1 or free:
+            return int(wrong.sum())
+        for k in sorted(np.flatnonzero(wrong), key=lambda k: wrong[k]):
+            alone = self._alone(int(k))
+            if all(alone.wrong(candidate, stage, nudge).any() for nudge in nudges):
                 break
-            best = np.minimum(best, self._wrong_by_timestep(candidate, step, stage, nudge))
-        return int(best.sum())
+            wrong[k] = 0
+        return int(wrong.sum())
+
+    def _alone(self, k: int) -> "Probe":
+        """Return the probe of one timestep."""
+        if ("alone", k) not in self._memory:
+            self._memory["alone", k] = dataclasses.replace(
+                self,
+                timesteps=self.timesteps[k : k + 1],
+                before={name: values[k : k + 1] for name, values in self.before.items()},
+                after={name: values[k : k + 1] for name, values in self.after.items()},
+                contiguous=False,
+                _memory={},
+            )
+        return self._memory["alone", k]
 
     def wrong(self, candidate: Candidate, stage: Stage, nudge: Nudge = EXACT) -> NDArray[np.bool_]:
         """Mark the elements that a candidate gets wrong, (timesteps, n)."""
@@ -94,15 +114,19 @@ class Probe:
 
     def scalars(self, candidate: Candidate, nudge: Nudge = EXACT) -> Scalars:
         """Compute the scalars of the probe's timesteps."""
-        given = candidate.given
-        rates = given.learning_rate[np.array(self.timesteps) - 1]
-        return scalars_of(
-            self.bench.step(candidate),
-            candidate.arithmetic.rule,
-            dataclasses.replace(given, learning_rate=rates),
-            self.timesteps,
-            [nudge] * len(self.timesteps),
-        )
+        given, step = candidate.given, self.bench.step(candidate)
+        formats = (step.storage, step.exp_avg_format, step.exp_avg_sq_format)
+        key = (candidate.arithmetic.rule, given, formats, step.square_root, nudge)
+        if key not in self._memory:
+            rates = given.learning_rate[np.array(self.timesteps) - 1]
+            self._memory[key] = scalars_of(
+                step,
+                candidate.arithmetic.rule,
+                dataclasses.replace(given, learning_rate=rates),
+                self.timesteps,
+                [nudge] * len(self.timesteps),
+            )
+        return self._memory[key]
 
     def inputs(self, candidate: Candidate, stage: Stage) -> dict[str, NDArray[Any]]:
         """Return what a stage of a candidate reads, run freely where it was not recorded."""
@@ -129,11 +153,6 @@ class Probe:
         with np.errstate(all="ignore"):
             ops = numpy_operations(flushes=step.flushes)
             return np.asarray(step.replay_recorded(stage, ops, columns, x))
-
-    def _wrong_by_timestep(
-        self, candidate: Candidate, step: Step, stage: Stage, nudge: Nudge
-    ) -> NDArray[np.int64]:
-        return self.wrong(candidate, stage, nudge).sum(axis=1)
 
     def _wrong(
         self,

@@ -103,7 +103,10 @@ class Library:
         self._bench = Workbench(recording, jax.devices("cpu")[0], whole, length)
         if self._bench.rows < recording.tokens:
             raise Failure(f"{recording.path}: its steps are too large to be compared whole.", 3)
-        self._candidate = Candidate(CATALOGUE[ARITHMETIC], Options())
+        given = recording.hyperparameters
+        if given is None:
+            raise Failure(f"{recording.path}: no hyperparameters; there is nothing to replay.", 3)
+        self._candidate = Candidate(CATALOGUE[ARITHMETIC], Options(), given)
 
     def windows(self) -> Iterator[tuple[Window, NDArray[Any]]]:
         """Read each window and replay its weights, as patterns of shape (steps, tokens, width)."""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
+from recordings import f64, write
 
 import jaxaudit
 from jaxaudit import auditing, results, workbench
@@ -82,6 +83,7 @@ def mismatches(dataset, arithmetic="torch-cpu-loop"):
 
 
 USUAL = "float32-then-bfloat16"
+FEW = ["torch-cpu-loop", USUAL, "float32"]
 EXACT = {"exp_avg": 0, "exp_avg_sq": 0, "param": 0}
 
 
@@ -92,7 +94,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def audited(recorded):
-    return audit(recorded, arithmetics="all")
+    return audit(recorded, arithmetics=FEW)
 
 
 RUNS = [
@@ -117,13 +119,89 @@ def test_real_runs_replay_exactly(tmp_path, options):
     assert dataset.attrs["identified_arithmetic"] == "torch-cpu-loop"
 
 
-def test_float32_runs_replay_exactly_up_to_the_processor_s_square_root(tmp_path):
-    dataset = audit(record(tmp_path / "run.safetensors", dtype="F32"), arithmetics="torch-cpu-loop")
+FLOAT32_RUNS = [
+    {"weight_decay": 0.1},
+    {"adamw": False, "weight_decay": 0.1, "amsgrad": True, "shape": (41, 7)},
+    {"foreach": True},
+]
+
+
+@pytest.mark.parametrize("options", FLOAT32_RUNS, ids=lambda o: ",".join(f"{k}" for k in o))
+def test_float32_runs_replay_exactly_whatever_the_processor_s_square_root(tmp_path, options):
+    """Intel's library takes another root on AMD processors; over lists, float32 is as one by one."""
+    path = record(tmp_path / "run.safetensors", dtype="F32", **options)
+    dataset = audit(path, arithmetics="torch-cpu-loop")
+    assert mismatches(dataset) == EXACT and (dataset.audited == 1).all()
     probe = np.linspace(1, 4, 4096, dtype=np.float32)
     ieee = np.array_equal(torch.sqrt(torch.from_numpy(probe)).numpy(), np.sqrt(probe))
-    found = mismatches(dataset)
-    assert found["exp_avg"] == found["exp_avg_sq"] == 0
-    assert (found["param"] == 0) == ieee
+    found = json.loads(dataset.attrs["arithmetics"])["torch-cpu-loop"]["variant"]
+    assert found == ("" if ieee else "square root of MKL on AMD")
+
+
+def run_fused(path):
+    """Record torch's fused kernel."""
+    return record(path, shape=(13, 17), foreach=None, fused=True, weight_decay=0.1, adamw=False)
+
+
+def test_each_implementation_is_told_from_the_others_by_the_bits_alone(tmp_path):
+    """Without metadata: runs that the loop does not explain, found among all of the catalogue."""
+    runs = {
+        "torch-cpu-fused": run_fused(tmp_path / "fused.safetensors"),
+        "torch-cpu-foreach": record(
+            tmp_path / "foreach.safetensors",
+            foreach=True,
+            weight_decay=0.1,
+            lr=0.05,
+            betas=(0.9, 0.99),
+            shape=(30, 50),
+        ),
+    }
+    for name, path in runs.items():
+        bare = copy(path, tmp_path / "bare.safetensors", metadata={})
+        dataset = audit(bare)
+        identified = dataset.attrs["identified_arithmetic"].split(",")
+        assert name in identified and "torch-cpu-loop" not in identified
+        assert all(mismatches(dataset, each) == EXACT for each in identified)
+        assert USUAL in dataset.arithmetic.values and mismatches(dataset, USUAL)["param"] > 0
+
+
+def test_master_weights_are_found_behind_their_copies(tmp_path):
+    """Float32 Adam, of whose weights the recording holds bfloat16 copies; with and without its moments."""
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.nn.Parameter((torch.randn(8, 40, generator=draw) * 0.02).bfloat16().float())
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1, foreach=False)
+    rows = {"W": [weight.detach().bfloat16()], "grad_W": [torch.zeros(8, 40).bfloat16()]}
+    rows |= {"momentum_W": [torch.zeros(8, 40)], "variance_W": [torch.zeros(8, 40)]}
+    for _ in range(12):
+        gradient = (torch.randn(8, 40, generator=draw) * 1e-3).bfloat16()
+        weight.grad = gradient.float()
+        optimizer.step()
+        state = optimizer.state[weight]
+        new = (weight.detach().bfloat16(), gradient, state["exp_avg"], state["exp_avg_sq"])
+        for key, value in zip(rows, new, strict=True):
+            rows[key].append(value.clone())
+    tensors = {}
+    for key, values in rows.items():
+        whole = torch.stack(values)
+        kind = (
+            (torch.int16, "<u2", "BF16") if key in ("W", "grad_W") else (torch.int32, "<u4", "F32")
+        )
+        tensors[key] = kind[2], whole.view(kind[0]).numpy().view(kind[1])
+    given = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    given |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    tensors |= {key: f64(value) for key, value in given.items()}
+    path = write(tmp_path / "master.safetensors", tensors)
+    names = ["float32-master", "torch-cpu-loop"]
+    for lacking in ([], ["variance_W"], ["momentum_W", "variance_W"]):
+        part = {key: value for key, value in tensors.items() if key not in lacking}
+        dataset = audit(write(path, part), arithmetics=names, window_steps=5)
+        assert dataset.attrs["identified_arithmetic"] == "float32-master"
+        assert all(mismatches(dataset, "float32-master")[s] in (0, -12) for s in EXACT)
+        assert mismatches(dataset, "float32-master")["param"] == 0
+        assert mismatches(dataset)["param"] > 0
+    # The run's own weight is what the bits of the copies and their start give: a later part needs the start.
+    later = audit(write(path, tensors), arithmetics=names, steps=(6, 11), window_steps=2)
+    assert mismatches(later, "float32-master") == EXACT
 
 
 def test_the_dataset_is_the_one_of_the_contract(audited):
@@ -283,7 +361,7 @@ def test_cores_do_not_change_a_bit(tmp_path):
 
 
 def test_a_range_of_steps_is_that_part_of_the_whole(recorded, audited):
-    part = audit(recorded, arithmetics="all", steps=(4, 7))
+    part = audit(recorded, arithmetics=FEW, steps=(4, 7))
     assert part.timestep.values.tolist() == [4, 5, 6]
     assert_same_bits(
         part.drop_vars("first_mismatch"),
@@ -294,7 +372,8 @@ def test_a_range_of_steps_is_that_part_of_the_whole(recorded, audited):
 
 
 def test_without_gradients_the_moments_are_not_audited(recorded, tmp_path):
-    dataset = audit(copy(recorded, tmp_path / "x.safetensors", drop=["grad_W"]))
+    path = copy(recorded, tmp_path / "x.safetensors", drop=["grad_W"])
+    dataset = audit(path, arithmetics=FEW)
     assert dataset.audited.sel(arithmetic="torch-cpu-loop").values.tolist() == [0, 0, 1]
     assert (dataset.mismatch_count.sel(stage=["exp_avg", "exp_avg_sq"]) == -1).all()
     assert mismatches(dataset)["param"] == 0
@@ -305,11 +384,12 @@ def test_without_gradients_the_moments_are_not_audited(recorded, tmp_path):
 @pytest.mark.parametrize("steps", [None, (4, 8)])
 def test_without_moments_they_are_run_freely(recorded, tmp_path, drop, steps):
     path = copy(recorded, tmp_path / "x.safetensors", drop=drop)
-    dataset = audit(path, steps=steps, window_steps=2)
+    dataset = audit(path, steps=steps, window_steps=2, arithmetics=FEW[:2])
     assert dataset.audited.sel(arithmetic="torch-cpu-loop", stage="param") == 1
     assert dataset.audited.sel(arithmetic="torch-cpu-loop", stage="exp_avg_sq") == 0
+    assert dataset.nonfinite_count.sizes["tensor"] == 4 - len(drop)
     assert mismatches(dataset)["param"] == 0
-    assert mismatches(dataset, "float32-then-bfloat16")["param"] > 0
+    assert mismatches(dataset, USUAL)["param"] > 0
     assert dataset.attrs["identified_arithmetic"] == "torch-cpu-loop"
 
 
@@ -325,7 +405,7 @@ def test_weights_alone_are_observed_and_nothing_passes(recorded, tmp_path):
 def test_frozen_timesteps_agree(tmp_path):
     """A learning rate of zero freezes everything: NaN in the table, agreement in the summary."""
     path = record(tmp_path / "run.safetensors", rates=[0.0] * STEPS)
-    dataset = audit(path)
+    dataset = audit(path, arithmetics=FEW)
     assert (dataset.norm_observed == 0).all() and np.isnan(dataset.ratio).all()
     found = jaxaudit.summarize(dataset)["arithmetics"]["float32-then-bfloat16"]
     assert found["timesteps_with_ratio_within_1_percent"]["all"] == STEPS
@@ -338,7 +418,7 @@ def test_subnormal_weights_and_states_are_audited(tmp_path):
 
     source = record(tmp_path / "run.safetensors", scale=1e-25)
     with jax.enable_x64(True):
-        dataset = audit(copy(source, tmp_path / "tiny.safetensors", shrink), arithmetics="all")
+        dataset = audit(copy(source, tmp_path / "tiny.safetensors", shrink), arithmetics=FEW)
     assert mismatches(dataset)["exp_avg"] == mismatches(dataset)["exp_avg_sq"] == 0
     assert (dataset.norm_observed > 0).all() and (dataset.norm_observed < 1e-35).all()
 
@@ -350,7 +430,7 @@ def test_low_precision_state_is_told_from_float32_state(tmp_path):
     def widen(tensors):
         tensors["variance_W"][1:, 0, :3] |= np.uint32(1)
 
-    dataset = audit(copy(source, tmp_path / "x.safetensors", widen))
+    dataset = audit(copy(source, tmp_path / "x.safetensors", widen), arithmetics=FEW)
     count = dataset.unrepresentable_count.sel(tensor="variance_W", token_group="all")
     assert (count == 3).all()
     assert (
@@ -384,7 +464,8 @@ def test_errors_name_what_is_wrong(recorded):
 
 def test_progress_ends_at_the_whole(recorded):
     seen = []
-    audit(recorded, progress=lambda done, total: seen.append((done, total)), window_steps=4)
+    note = lambda done, total: seen.append((done, total))  # noqa: E731
+    audit(recorded, progress=note, window_steps=4, arithmetics=USUAL)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] and len(seen) == 3
 
@@ -400,7 +481,8 @@ def test_the_audit_runs_without_torch(recorded, tmp_path):
     target = tmp_path / "x.nc"
     command = [sys.executable, "-c", script, str(recorded), str(target)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
-    assert results.load(target).attrs["identified_arithmetic"] == "torch-cpu-loop"
+    identified = results.load(target).attrs["identified_arithmetic"].split(",")
+    assert identified[0] == "torch-cpu-loop"  # which the metadata claim
 
 
 def test_identify_ranks_and_finds_the_open_options(tmp_path):
@@ -409,28 +491,74 @@ def test_identify_ranks_and_finds_the_open_options(tmp_path):
     bare = copy(path, tmp_path / "bare.safetensors", metadata={})
     with jaxaudit.open_recording(bare) as recording:
         ranked = jaxaudit.identify(recording, backend="cpu")
-    assert ranked.arithmetic.values[0] == "torch-cpu-loop" and int(ranked.fits[0]) == 1
-    assert (ranked.fits[1:] == 0).all()
-    found = json.loads(str(ranked.options[0].values))
+    names, fits = ranked.arithmetic.values.tolist(), ranked.fits.values
+    assert fits[0] == 1 and fits.tolist() == sorted(fits.tolist(), reverse=True)
+    assert "torch-cpu-loop" in names[: fits.sum()] and USUAL not in names[: fits.sum()]
+    assert np.array_equal(ranked.confirmed, fits)
+    of = {name: ranked.sel(arithmetic=name) for name in names}
+    found = json.loads(str(of["torch-cpu-loop"].options.values))
     assert found["decoupled"] is False
     # 41,100 elements are split between two threads at most.
     assert min(found["threads"], 2) == min(torch.get_num_threads(), 2)
-    assert mismatches(audit(bare)) == EXACT
+    assert json.loads(str(of["torch-cpu-loop"].hyperparameters.values)) == {}
+    assert (of["torch-cpu-loop"].mismatch_share == 0).all()
+    # What fits was replayed whole, what does not on a few elements.
+    assert int(of["torch-cpu-loop"].compared_count) == STEPS * 300 * 137
+    assert 0 < int(of[USUAL].compared_count) < STEPS * 300 * 137
+    assert float(of[USUAL].mismatch_share.max()) > 0 and str(of[USUAL].diagnosis.values)
+    assert str(of["torch-cpu-loop"].diagnosis.values) == ""
+    # All that fit are told apart by inputs that the recording does not have, or nobody knows any.
+    apart = ranked.told_apart_by.values
+    for i in range(len(names)):
+        for j in range(len(names)):
+            assert bool(apart[i, j]) == (i != j and fits[i] == fits[j] == 1)
+    assert mismatches(audit(bare, arithmetics=["torch-cpu-loop"])) == EXACT
 
 
-def test_identification_needs_the_moments(recorded, tmp_path):
-    path = copy(recorded, tmp_path / "x.safetensors", drop=["variance_W"])
-    with (
-        jaxaudit.open_recording(path) as recording,
-        pytest.raises(jaxaudit.FileError, match="identification needs the moments"),
-    ):
-        jaxaudit.identify(recording, backend="cpu")
+def test_the_claimed_arithmetic_is_the_first_of_those_that_cannot_be_told_apart(recorded):
+    """And all of them are replayed in full: a claim is never a shortcut past the check."""
+    dataset = audit(recorded)
+    identified = dataset.attrs["identified_arithmetic"].split(",")
+    assert identified[0] == "torch-cpu-loop" == dataset.arithmetic.values[0]
+    assert USUAL not in identified and USUAL in dataset.arithmetic.values
+    for name in identified:
+        assert mismatches(dataset, name) == EXACT
+
+
+def test_a_false_claim_does_not_make_an_arithmetic_fit(tmp_path):
+    path = run_fused(tmp_path / "run.safetensors")
+    with SafetensorsFile(path) as file:
+        claims = dict(file.metadata) | {"implementation": "torch-cpu-loop"}
+    dataset = audit(copy(path, tmp_path / "liar.safetensors", metadata=claims))
+    identified = dataset.attrs["identified_arithmetic"].split(",")
+    assert "torch-cpu-fused" in identified and "torch-cpu-loop" not in identified
+
+
+def test_identification_without_moments_or_gradients(recorded, tmp_path):
+    """Moments are run freely from zero; without gradients the weights and moments alone tell."""
+    path = copy(recorded, tmp_path / "x.safetensors", drop=["momentum_W", "variance_W"])
+    with jaxaudit.open_recording(path) as recording:
+        ranked = jaxaudit.identify(recording, backend="cpu")
+    fitting = ranked.arithmetic.values[ranked.fits.values == 1].tolist()
+    assert "torch-cpu-loop" in fitting and USUAL not in fitting
+    own = ranked.sel(arithmetic="torch-cpu-loop")
+    assert own.mismatch_count.values.tolist() == [-1, -1, 0]
+    assert np.isnan(own.mismatch_share.values[:2]).all()
     path = copy(recorded, tmp_path / "y.safetensors", drop=["grad_W"])
     with jaxaudit.open_recording(path) as recording:
         ranked = jaxaudit.identify(recording, backend="cpu")
-    assert ranked.arithmetic.values.tolist() == ["torch-cpu-loop", USUAL]
-    assert ranked.mismatch_count.sel(stage="exp_avg").values.tolist() == [-1, -1]
-    assert ranked.fits.values.tolist() == [1, 0]
+    fitting = ranked.arithmetic.values[ranked.fits.values == 1].tolist()
+    assert "torch-cpu-loop" in fitting and USUAL not in fitting
+    assert (ranked.sel(arithmetic="torch-cpu-loop").mismatch_count == [-1, -1, 0]).all()
+
+
+def test_identification_of_what_tells_nothing(recorded, tmp_path):
+    path = copy(recorded, tmp_path / "x.safetensors", drop=["grad_W", "momentum_W", "variance_W"])
+    with (
+        jaxaudit.open_recording(path) as recording,
+        pytest.raises(jaxaudit.FileError, match="nothing can be replayed|weights alone"),
+    ):
+        jaxaudit.identify(recording, backend="cpu")
 
 
 def test_version_is_known():

@@ -1,6 +1,7 @@
 """XLA's operations against the host's, on hard bit patterns."""
 
 import hashlib
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxaudit.operations import (
     NumpyOperations,
     compile_exactly,
     narrow_patterns,
+    operations_of,
 )
 
 DEVICE = jax.devices("cpu")[0]
@@ -76,8 +78,8 @@ def test_float64_emulation_is_exact_for_every_kind_of_number(name):
         half = COUNT // 2
         offset = np.random.default_rng(9).integers(0, 3, half).astype(np.uint32)
         patterns[2][:half] = (product[:half] ^ np.uint32(1 << 31)) + offset
-    program = compile_exactly(lambda *p: apply(Float64Operations(), name, p), DEVICE)
-    assert_same(program(*patterns), apply(NumpyOperations(), name, patterns))
+    program = compile_exactly(lambda z, *p: apply(Float64Operations(z), name, p), DEVICE)
+    assert_same(program(np.uint32(0), *patterns), apply(NumpyOperations(), name, patterns))
 
 
 @pytest.mark.parametrize("name", ARITY)
@@ -120,8 +122,6 @@ def test_division_by_a_scalar_is_a_division():
 
 def test_numpy_fma_is_the_exact_one():
     """Against integer arithmetic in Python, on numbers that plain float64 double-rounds."""
-    from fractions import Fraction
-
     rng = np.random.default_rng(1)
     a, b = (rng.integers(1 << 23, 1 << 24, 3000).astype(np.float32) for _ in range(2))
     exponents = rng.integers(-60, -20, 3000)
@@ -147,7 +147,7 @@ def test_every_pattern_survives_decoding_and_encoding(fmt, formulation):
     codes = np.arange(1 << 16, dtype=np.uint16)
 
     def round_trip(zero, p):
-        ops = Float32Operations(zero) if formulation == "float32" else Float64Operations()
+        ops = operations_of(formulation, zero)
         return ops.encode(ops.decode(p, fmt), fmt), ops.patterns32(ops.decode(p, fmt))
 
     back, wide = compile_exactly(round_trip, DEVICE)(np.uint32(0), codes)
@@ -165,7 +165,7 @@ def test_rounding_beside_every_boundary(fmt, low):
     expected = floats.encode(floats.decode(wide, FLOAT32), fmt)
 
     def both(zero, p):
-        fast, exact = Float32Operations(zero), Float64Operations()
+        fast, exact = Float32Operations(zero), Float64Operations(zero)
         return (
             fast.encode(fast.decode(p, FLOAT32), fmt),
             fast.patterns32(fast.round_to(fast.decode(p, FLOAT32), fmt)),
@@ -198,6 +198,284 @@ def test_roundings_survive_a_following_reduction():
     # rounding, 63 additions of at most half an ulp of the sum of magnitudes.
     bound = 64 * 2.0**-53 * np.abs(values).sum(axis=-1)
     assert (np.abs(found - values.sum(axis=-1)) <= bound).all()
+
+
+# --- what float32 instructions mark as beyond them ---
+
+
+def beside_the_limits(seed):
+    """Every binade, thickly around those whose products and quotients are the smallest normal numbers."""
+    rng = np.random.default_rng(seed)
+    exponents = rng.choice([0, 1, 2, 63, 64, 65, 126, 127, 128, 190, 191, 253, 254, 255], COUNT)
+    exponents = np.where(rng.random(COUNT) < 0.3, rng.integers(0, 256, COUNT), exponents)
+    significands = rng.integers(0, 1 << 23, COUNT) * (rng.random(COUNT) < 0.8)
+    significands |= rng.choice([0, 0, 1, 0x7FFFFF, 0x7FFFFE, 0x400000], COUNT)
+    signs = rng.integers(0, 2, COUNT)
+    return ((signs << 31) | (exponents << 23) | significands).astype(np.uint32)
+
+
+def sums(seed):
+    """Pairs that cancel, to zero, to subnormal numbers and to a little more."""
+    first = beside_the_limits(seed)
+    offset = np.random.default_rng(seed + 1).choice([0, 0, 1, 2, 3, 1 << 12, 1 << 23], COUNT)
+    return first, (first ^ np.uint32(1 << 31)) + offset.astype(np.uint32)
+
+
+CHAINS = {
+    "negate": lambda o, a, b, c: o.negate(a),
+    "add": lambda o, a, b, c: o.add(a, b),
+    "subtract": lambda o, a, b, c: o.subtract(a, b),
+    "multiply": lambda o, a, b, c: o.multiply(a, b),
+    "divide": lambda o, a, b, c: o.divide(a, b),
+    "fma": lambda o, a, b, c: o.fma(a, b, c),
+    "sqrt": lambda o, a, b, c: o.sqrt(a),
+    "mkl_amd_sqrt": lambda o, a, b, c: o.mkl_amd_sqrt(a),
+    "a product in a sum": lambda o, a, b, c: o.add(o.multiply(a, b), c),
+    "a product's root": lambda o, a, b, c: o.sqrt(o.multiply(a, b)),
+    "a product's other root": lambda o, a, b, c: o.mkl_amd_sqrt(o.multiply(a, a)),
+    "a sum divided": lambda o, a, b, c: o.divide(o.add(a, b), c),
+    "a difference in a fused sum": lambda o, a, b, c: o.fma(c, o.subtract(a, b), b),
+    "a fused sum in a sum": lambda o, a, b, c: o.add(o.fma(a, b, c), c),
+    "a quotient's quotient": lambda o, a, b, c: o.divide(a, o.divide(b, c)),
+    "a comparison": lambda o, a, b, c: o.where(o.less(o.multiply(a, b), c), a, b),
+    "a NaN or none": lambda o, a, b, c: o.where(o.is_nan(o.subtract(a, b)), c, a),
+    "bfloat16": lambda o, a, b, c: o.add(o.round_to(o.multiply(a, b), BFLOAT16), c),
+    "float16": lambda o, a, b, c: o.multiply(o.round_to(o.multiply(a, b), FLOAT16), c),
+    "double": lambda o, a, b, c: o.narrow(o.wide_multiply(o.wide(a), o.wide(b))),
+    "double in a sum": lambda o, a, b, c: o.add(
+        o.narrow(o.wide_add(o.wide_multiply(o.wide(a), o.wide(b)), o.wide(c))), c
+    ),
+}
+
+
+def run_marked(chain, patterns):
+    """Return what a chain gives in float32, where it marked it, and what is right."""
+
+    def whole(zero, *patterns):
+        ops = Float32Operations(zero)
+        values = [ops.watch(ops.decode(p, FLOAT32)) for p in patterns]
+        result = ops.watch(CHAINS[chain](ops, *values))
+        return ops.patterns32(result), jnp.broadcast_to(ops.strays, patterns[0].shape)
+
+    found, marked = compile_exactly(whole, DEVICE)(np.uint32(0), *patterns)
+    numpy = NumpyOperations()
+    expected = CHAINS[chain](numpy, *(numpy.decode(p, FLOAT32) for p in patterns))
+    expected = numpy.patterns32(expected)
+    return np.asarray(found), np.asarray(marked), expected
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_whatever_float32_gets_wrong_is_marked(chain):
+    """Hard inputs, and a result that may be the operand of anything else: subnormal ones count as wrong."""
+    draws = [
+        [beside_the_limits(seed) for seed in range(3)],
+        [*sums(4), beside_the_limits(7)],
+        [any_patterns(seed) for seed in range(3)],
+    ]
+    product = apply(NumpyOperations(), "multiply", draws[0][:2])
+    draws.append([*draws[0][:2], sums(9)[1] - sums(9)[0] + (product ^ np.uint32(1 << 31))])
+    found, marked, expected = run_marked(
+        chain, [np.concatenate(d) for d in zip(*draws, strict=True)]
+    )
+    wrong = floats.differ(found, expected)
+    assert not (wrong & ~marked).any(), hex(found[wrong & ~marked][0])
+    magnitude = expected & np.uint32(0x7FFFFFFF)
+    assert marked[(magnitude > 0) & (magnitude < 0x00800000)].all()
+    assert marked[magnitude >= FLOAT32.infinity].all()
+    assert marked.any() and not marked.all()
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_hardly_any_ordinary_number_is_marked(chain):
+    """Zeros among the operands, and sums that cancel to zero, are ordinary."""
+    rng = np.random.default_rng(3)
+    patterns = [ordinary_patterns(seed) for seed in range(3)]
+    patterns = [np.where(rng.random(COUNT) < 0.05, p & np.uint32(1 << 31), p) for p in patterns]
+    patterns[1] = np.where(rng.random(COUNT) < 0.05, patterns[0], patterns[1])
+    patterns[2] = np.where(rng.random(COUNT) < 0.05, patterns[1], patterns[2])
+    found, marked, expected = run_marked(chain, patterns)
+    # Infinite quotients by zero, and NaNs, are no ordinary numbers; neither is what is made of them.
+    numpy = NumpyOperations()
+    with np.errstate(all="ignore"):
+        by_zero = [(p & np.uint32(0x7FFFFFFF)) == 0 for p in patterns]
+        a, b, c = (numpy.decode(p, FLOAT32) for p in patterns)
+    special = {
+        "divide": by_zero[1],
+        "sqrt": a < 0,
+        "mkl_amd_sqrt": a < 0,
+        "a product's root": (a < 0) != (b < 0),
+        "a sum divided": by_zero[2],
+        "a quotient's quotient": by_zero[1] | by_zero[2],
+        "float16": abs(a.astype(np.float64) * b) >= 65520,
+    }.get(chain, np.zeros(COUNT, bool))
+    usual = (expected & np.uint32(0x7FFFFFFF)) < FLOAT32.infinity
+    assert (marked & usual & ~special).mean() < 2e-3
+    assert not (floats.differ(found, expected) & ~marked).any()
+
+
+def test_fused_sums_that_cancel_are_marked_without_need_and_others_are_not():
+    """The price of not looking at the product: a zero of a fused sum is marked, nothing else is."""
+    a = ordinary_patterns(1)
+    b = np.full_like(a, 0x3F800000)
+    c = np.where(np.arange(COUNT) % 2 == 0, a ^ np.uint32(1 << 31), ordinary_patterns(2))
+    found, marked, expected = run_marked("fma", [a, b, c])
+    assert_same(found, expected)
+    assert np.array_equal(marked, expected << 1 == 0)
+
+
+# --- arithmetic in double ---
+
+
+def hard_doubles(count=3000):
+    """Triples for a * b + c: sums that cancel, that lie on ties and beside them, and far-apart terms."""
+    rng = np.random.default_rng(8)
+
+    def draw(low, high):
+        significand = 1 + rng.integers(0, 1 << 52, count) / (1 << 52)
+        significand = np.where(rng.random(count) < 0.3, significand.astype(np.float32), significand)
+        return np.ldexp(significand * rng.choice([-1, 1], count), rng.integers(low, high, count))
+
+    a, b, c = draw(-40, 40), draw(-40, 40), draw(-90, 90)
+    product, part = a * b, rng.integers(0, 6, count)
+    # The rounded product's negative, a few ulps beside it, and the negative with a little more.
+    c = np.where(part == 0, -product, c)
+    c = np.where(part == 1, -product + np.spacing(product) * rng.integers(-3, 4, count), c)
+    c = np.where(part == 2, -product * (1 + 2.0 ** rng.integers(-60, -1, count)), c)
+    # Ties: a product of half an ulp of c, of which one more bit lies up to 100 bits further down.
+    tie = part == 3
+    c = np.where(tie, np.ldexp(1 + rng.integers(0, 1 << 52, count) / (1 << 52), 10), c)
+    half = np.ldexp(rng.choice([-1.0, 1.0, 3.0], count), 10 - 53)
+    beside = 1 + rng.choice([0, 0, 1, -1], count) * np.ldexp(1.0, -rng.integers(1, 53, count))
+    a, b = np.where(tie, half, a), np.where(tie, beside, b)
+    # A product's own error decides: (1 + 2^-k)(1 - 2^-k) = 1 - 2^-2k beside a tie with c.
+    own = part == 4
+    k = rng.integers(27, 53, count)
+    a = np.where(own, np.ldexp(1 + np.ldexp(1.0, -k), -43), a)
+    b = np.where(own, 1 - np.ldexp(1.0, -k), b)
+    c = np.where(own, np.ldexp(1 + rng.integers(0, 1 << 52, count) / (1 << 52), 10), c)
+    return a, b, c
+
+
+def in_double(formula, arguments, formulation):
+    """Evaluate in NumPy or in a compiled program; arguments and result are doubles, or float32 values."""
+    if formulation == "numpy":
+        return np.asarray(formula(NumpyOperations(), *arguments))
+    program = compile_exactly(lambda z, *x: formula(operations_of(formulation, z), *x), DEVICE)
+    return np.asarray(program(np.uint32(0), *arguments))
+
+
+FORMULATIONS = ["numpy", "float32", "float64"]
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_sums_and_products_in_double_are_rounded_once(formulation):
+    a, b, c = hard_doubles()
+    exact = [[Fraction(x) for x in values.tolist()] for values in (a, b, c)]
+    for name, expected, arguments in [
+        ("wide_fma", [float(x * y + z) for x, y, z in zip(*exact, strict=True)], (a, b, c)),
+        ("wide_multiply", [float(x * y) for x, y in zip(*exact[:2], strict=True)], (a, b)),
+        ("wide_add", [float(x + z) for x, z in zip(exact[0], exact[2], strict=True)], (a, c)),
+    ]:
+        found = in_double(lambda o, *x, n=name: getattr(o, n)(*x), arguments, formulation)
+        assert found.dtype == np.float64
+        wrong = np.flatnonzero(found != np.array(expected))
+        assert wrong.size == 0, (name, wrong.size, [x[wrong[0]].hex() for x in (a, b, c)])
+
+
+def test_the_hard_doubles_are_hard():
+    """A product rounded on its own, and one rounded to double-double and added carelessly, both fail."""
+    a, b, c = hard_doubles()
+    exact = [float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(*(v.tolist() for v in (a, b, c)), strict=True)]  # fmt: skip
+    assert (a * b + c != exact).mean() > 0.2
+    error = [float(Fraction(x) * Fraction(y) - Fraction(x * y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]  # fmt: skip
+    assert ((a * b + c) + np.array(error) != exact).mean() > 0.05
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_a_product_in_double_is_rounded_before_it_is_added(formulation):
+    a, b, c = hard_doubles()
+    found = in_double(
+        lambda o, a, b, c: o.wide_add(o.wide_multiply(a, b), c), (a, b, c), formulation
+    )
+    assert np.array_equal(found, a * b + c)
+
+
+def nearest_float32(value):
+    """Round a fraction to the nearest float32 number, ties to even, in integers."""
+    size, exponent = abs(value), -149
+    while size >= Fraction(2) ** (exponent + 24):
+        exponent += 1
+    steps = round(size / Fraction(2) ** exponent)  # to even where it is in the middle
+    large = steps * Fraction(2) ** exponent >= Fraction(2) ** 128
+    return float("inf") if large else float(steps * Fraction(2) ** exponent)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_doubles_are_narrowed_once(formulation):
+    """Ties between float32 numbers, normal and subnormal, and doubles right beside them."""
+    rng = np.random.default_rng(12)
+    exponents = rng.choice([-150, -149, -148, -140, -127, -126, -125, -3, 0, 5, 126, 127], 3000)
+    ulp = np.ldexp(1.0, np.maximum(exponents, -126) - 23)
+    low = np.ldexp(1.0 + rng.integers(0, 1 << 23, 3000) / (1 << 23), exponents) // ulp * ulp
+    values = low + ulp * rng.choice([0, 0.5, 0.25, 0.75], 3000)
+    values = np.nextafter(values, values * rng.choice([0, 1, 2], 3000))
+    values *= rng.choice([-1, 1], 3000)
+    expected = [np.copysign(nearest_float32(Fraction(v)), v) for v in values.tolist()]
+    expected = np.array(expected).astype(np.float32).view(np.uint32)
+
+    def formula(ops, x):
+        result = ops.narrow(x)
+        marked = ops.strays if isinstance(ops, Float32Operations) else False
+        return jnp.stack([ops.patterns32(result), jnp.zeros(3000, jnp.uint32) + marked])
+
+    if formulation == "numpy":
+        ops = NumpyOperations()
+        found, marked = ops.patterns32(ops.narrow(values)), np.zeros(3000, np.uint32)
+    else:
+        found, marked = in_double(formula, (values,), formulation)
+    wrong = (found != expected) & (marked == 0)
+    assert not wrong.any(), values[wrong][0].hex()
+    if formulation == "float32":
+        tiny = (np.abs(values) < 2.0**-126 * (1 - 2.0**-25)) & (expected << 1 != 0)
+        assert (marked[tiny] != 0).all() and not marked[np.abs(values) > 2.0**-125].any()
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_widening_is_exact_and_comparisons_are_those_of_ieee_754(formulation):
+    a, b = any_patterns(1), any_patterns(2)
+    b[::5] = a[::5]
+    b[1::5] = a[1::5] ^ np.uint32(1 << 31)
+    if formulation == "float32":  # it takes subnormal numbers for zero, which `watch` marks
+        for p in (a, b):
+            p[(p & np.uint32(0x7F800000)) == 0] &= np.uint32(1 << 31)
+
+    def formula(ops, a, b):
+        a, b = ops.decode(a, FLOAT32), ops.decode(b, FLOAT32)
+        return [ops.wide(a), ops.less(a, b), ops.less(b, a), ops.is_nan(a), ops.is_nan(b)]
+
+    if formulation == "numpy":
+        found = formula(NumpyOperations(), a, b)
+    else:
+        found = compile_exactly(
+            lambda z, a, b: formula(operations_of(formulation, z), a, b), DEVICE
+        )(np.uint32(0), a, b)
+    wide, below, above, nan_a, nan_b = map(np.asarray, found)
+    # Ordered integers instead of comparisons of floating-point numbers.
+    nans = floats.is_nan(a, FLOAT32), floats.is_nan(b, FLOAT32)
+    lines = floats.ordered(a, FLOAT32), floats.ordered(b, FLOAT32)
+    numbers = ~nans[0] & ~nans[1]
+    assert np.array_equal(below, numbers & (lines[0] < lines[1]))
+    assert np.array_equal(above, numbers & (lines[0] > lines[1]))
+    assert np.array_equal(nan_a, nans[0]) and np.array_equal(nan_b, nans[1])
+    assert wide.dtype == np.float64
+    with np.errstate(invalid="ignore"):
+        back = wide.astype(np.float32).view(np.uint32)
+    assert_same(back, a)
+    assert np.array_equal(np.isnan(wide), nans[0])
+    assert (np.frexp(wide[~nans[0] & np.isfinite(wide)])[0] * 2**24 % 1 == 0).all()
+
+
+# --- the square root of MKL on AMD processors ---
 
 
 def root_patterns():
@@ -238,8 +516,10 @@ def test_mkl_s_root_on_amd_processors_is_torch_s():
 
 def test_xla_takes_mkl_s_root_in_float64_for_every_kind_of_number():
     patterns = root_patterns()
-    program = compile_exactly(lambda p: apply(Float64Operations(), "mkl_amd_sqrt", [p]), DEVICE)
-    assert_same(program(patterns), apply(NumpyOperations(), "mkl_amd_sqrt", [patterns]))
+    program = compile_exactly(lambda z, p: apply(Float64Operations(z), "mkl_amd_sqrt", [p]), DEVICE)
+    assert_same(
+        program(np.uint32(0), patterns), apply(NumpyOperations(), "mkl_amd_sqrt", [patterns])
+    )
 
 
 def test_xla_takes_mkl_s_root_in_float32_for_zero_and_every_normal_number():

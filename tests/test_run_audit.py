@@ -30,12 +30,14 @@ import xarray as xr
 from recordings import Tensor, f32, f64, header_of, parse, serialize, short_run, small_run, write
 
 import jaxaudit
-from jaxaudit import auditing, commands, plots, results
+from jaxaudit import auditing, commands, operations, plots, replay, results
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.replay import SelfTestError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_audit.py"
 CSV_HEADER = "t,norm_predicted,norm_observed,norm_difference,cosine_similarity,ratio"
+#: Enough for what is not about identification, which replays every arithmetic that fits.
+FEW = ("--arithmetic", "torch-cpu-loop,float32-then-bfloat16")
 MISMATCH_FIELDS = ["timestep", "token", "position", "recorded_bits", "replayed_bits"]
 
 
@@ -115,7 +117,7 @@ def no_work(monkeypatch) -> None:
     def audit(*_: object, **__: object) -> None:
         raise AssertionError("the audit was started")
 
-    monkeypatch.setattr(auditing, "audit", audit)
+    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
 
 
 def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -156,12 +158,12 @@ def test_sample_is_the_default(command, folder):
     assert list(tree(folder)) == ["results", "results/sample.nc"]
     with xr.open_dataset("results/sample.nc") as dataset:
         assert dataset.sizes["timestep"] == 1000
-        assert dataset.identified_arithmetic == "torch-cpu-loop"
+        assert dataset.identified_arithmetic.split(",")[0] == "torch-cpu-loop"
         assert list(dataset.token_group.values) == ["all", "dead", "live"]
 
 
 def test_json_is_one_object(command, run):
-    outcome = command(run, "--json", "--expect", "float32-then-bfloat16")
+    outcome = command(run, "--json", *FEW, "--expect", "float32-then-bfloat16")
     assert outcome.status == 1 and outcome.err == "" and outcome.out.count("\n") == 1
 
     def refuse(text: str) -> None:
@@ -172,14 +174,14 @@ def test_json_is_one_object(command, run):
     assert found["source"] == str(run) and found["output"] == "results/run.nc"
     assert found["timesteps"] == [1, 12] and found["timestep_count"] == 12
     assert found["expected"] == "float32-then-bfloat16" and found["expectation_met"] is False
-    assert "torch-cpu-loop" in found["identified_arithmetic"]
+    assert found["identified_arithmetic"] == ["torch-cpu-loop"]
     assert found["arithmetics"]["torch-cpu-loop"]["mismatch_count"]["param"] == 0
     assert found["arithmetics"]["torch-cpu-loop"]["first_mismatch"]["param"] is None
 
 
 def test_streams_are_kept_apart(command, run):
-    outcome = command(run, "--steps", "1:3", "--output", "a.nc")
-    quiet = command(run, "--steps", "1:3", "--output", "b.nc", "--quiet")
+    outcome = command(run, *FEW, "--steps", "1:3", "--output", "a.nc")
+    quiet = command(run, *FEW, "--steps", "1:3", "--output", "b.nc", "--quiet")
     assert outcome.err == quiet.err == ""
     assert outcome.out.replace("a.nc", "b.nc") == quiet.out
 
@@ -188,7 +190,7 @@ def test_unset_stdout_encoding_does_not_matter(run, folder):
     """A name that the locale cannot show is escaped, not a crash."""
     run.rename(folder / "läuft 走.safetensors")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    started = process("läuft 走.safetensors", "--json", "--quiet", env=environment)
+    started = process("läuft 走.safetensors", *FEW, "--json", "--quiet", env=environment)
     outcome = finish(started)
     assert outcome.status == 0 and outcome.err == ""
     assert json.loads(outcome.out)["source"] == "läuft 走.safetensors"
@@ -213,7 +215,8 @@ def test_full_stdout():
 
 
 def test_closed_streams(run, folder):
-    parts = [sys.executable, str(SCRIPT), str(run), "--expect", "float32-then-bfloat16"]
+    parts = [sys.executable, str(SCRIPT), str(run), *FEW]
+    parts += ["--expect", "float32-then-bfloat16"]
     shell = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh"]
     done = subprocess.run([*shell, *parts], check=False, timeout=120)
     assert done.returncode == 1
@@ -321,9 +324,9 @@ def test_odd_names_are_audited(command, refused, run, folder):
     odd = os.fsdecode(b"a\nb\xff.x.safetensors")
     run.rename(odd)
     assert "a?b?.x.nc is not Unicode" in refused(2, odd)
-    outcome = command(odd, "--json", "--output", "1.nc")
+    outcome = command(odd, *FEW, "--json", "--output", "1.nc")
     assert outcome.status == 0 and json.loads(outcome.out)["source"] == odd
-    outcome = command(odd, "--output", "~/a::b/2\n.nc")
+    outcome = command(odd, *FEW, "--output", "~/a::b/2\n.nc")
     assert outcome.status == 0 and "Recording   a?b?.x.safetensors: timesteps" in outcome.out
     assert outcome.out.endswith("Written to ~/a::b/2?.nc\n")
     for name in ("1.nc", "~/a::b/2\n.nc"):
@@ -420,7 +423,7 @@ def test_existing_table_or_figure(refused, run, folder, no_work, name):
 
 def test_overwrite(command, run, folder):
     (folder / "x.nc").write_text("old")
-    assert command(run, "--output", "x.nc", "--overwrite").status == 0
+    assert command(run, *FEW, "--output", "x.nc", "--overwrite").status == 0
     with xr.open_dataset("x.nc") as dataset:
         assert dataset.sizes["timestep"] == 12
     assert sorted(os.listdir(folder)) == ["run.safetensors", "x.nc"]
@@ -428,15 +431,15 @@ def test_overwrite(command, run, folder):
 
 def test_output_that_appears_meanwhile_is_kept(refused, run, folder, monkeypatch):
     """Of two audits at the same time, the slower one does not replace what the faster one wrote."""
-    audit = auditing.audit
+    audit = auditing.audit_and_free_run
 
-    def slow(*arguments: Any, **options: Any) -> xr.Dataset:
-        dataset = audit(*arguments, **options)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = audit(*arguments, **options)
         (folder / "x.nc").write_text("faster")
-        return dataset
+        return found
 
-    monkeypatch.setattr(auditing, "audit", slow)
-    assert "x.nc exists already" in refused(2, run, "--output", "x.nc", keeps=False)
+    monkeypatch.setattr(auditing, "audit_and_free_run", slow)
+    assert "x.nc exists already" in refused(2, run, *FEW, "--output", "x.nc", keeps=False)
     assert tree(folder).keys() == {"run.safetensors", "x.nc"}
     assert (folder / "x.nc").read_text() == "faster"
 
@@ -528,7 +531,7 @@ def test_read_only_file_system(refused, run, mounted, no_work):
 def test_full_disk(refused, mounted, outputs):
     """All of the outputs appear, or none, and no new folder either."""
     place = mounted("size=64k")
-    message = refused(2, *(part.format(place) for part in outputs))
+    message = refused(2, *FEW, *(part.format(place) for part in outputs))
     assert (
         f"no space left on the device for {place}" in message and "nothing was written" in message
     )
@@ -546,7 +549,7 @@ def test_full_disk_without_a_mount(refused, run, monkeypatch, at):
     name = ["write", "_write_table", "_write_figure"][at - 1]
     monkeypatch.setattr(results if at == 1 else commands, name, full)
     arguments = ("--csv", "new/x.csv", "--plots", "new/deep", "--output", "results/deep/x.nc")
-    assert "no space left on the device for " in refused(2, run, *arguments)
+    assert "no space left on the device for " in refused(2, run, *FEW, *arguments)
     assert calls
 
 
@@ -555,7 +558,7 @@ def test_disk_that_fails_at_the_last_moment(refused, run, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    assert "cannot write the output: Input/output error" in refused(2, run)
+    assert "cannot write the output: Input/output error" in refused(2, run, *FEW)
 
 
 def test_netcdf_error_names_the_output(refused, run, monkeypatch):
@@ -563,7 +566,7 @@ def test_netcdf_error_names_the_output(refused, run, monkeypatch):
         raise RuntimeError("NetCDF: HDF error")
 
     monkeypatch.setattr(xr.Dataset, "to_netcdf", broken)
-    assert "cannot write results/run.nc: NetCDF: HDF error" in refused(2, run)
+    assert "cannot write results/run.nc: NetCDF: HDF error" in refused(2, run, *FEW)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to be nobody")
@@ -589,7 +592,7 @@ def test_folder_of_somebody_else(run, folder):
 
 def test_two_audits_at_the_same_time(run, folder):
     """Both end; the output is whole, and nothing else is there."""
-    both = [process(run, "--output", "x.nc") for _ in range(2)]
+    both = [process(run, *FEW, "--output", "x.nc") for _ in range(2)]
     outcomes = [finish(one) for one in both]
     assert {outcome.status for outcome in outcomes} <= {0, 2}
     assert any(outcome.status == 0 for outcome in outcomes)
@@ -605,18 +608,32 @@ def test_self_test_that_fails(refused, run, monkeypatch):
     def audit(*_: object, **__: object) -> None:
         raise SelfTestError("this device cannot add.")
 
-    monkeypatch.setattr(auditing, "audit", audit)
+    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
     assert "cannot add. No numbers were written." in refused(4, run)
 
 
-@pytest.mark.parametrize("moment", ["audit", "write"])
+def test_device_that_can_compute_in_neither_way(refused, run, monkeypatch):
+    """Nothing stands in for a self-test: both formulations compute wrongly, and no number is written."""
+    caches = (replay._flags_program, replay._results_program)
+    for cache in caches:
+        cache.cache_clear()
+    for kind in (operations.Float32Operations, operations.Float64Operations):
+        monkeypatch.setattr(kind, "round_to", lambda self, value, fmt: value)
+    message = refused(4, run, *FEW)
+    for cache in caches:
+        cache.cache_clear()
+    assert "self-test failed on cpu" in message and "of torch-cpu-loop in float64" in message
+    assert "--backend" in message and "No numbers were written." in message
+
+
+@pytest.mark.parametrize("moment", ["audit_and_free_run", "write"])
 def test_interrupted(command, run, folder, monkeypatch, moment):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     before = tree(folder)
-    monkeypatch.setattr(auditing if moment == "audit" else results, moment, interrupt)
-    outcome = command(run, "--output", "new/x.nc")
+    monkeypatch.setattr(auditing if moment == "audit_and_free_run" else results, moment, interrupt)
+    outcome = command(run, *FEW, "--output", "new/x.nc")
     assert outcome == (130, "", "interrupted; no result was written\n")
     assert tree(folder) == before
 
@@ -625,19 +642,19 @@ def test_out_of_memory(refused, run, monkeypatch):
     def audit(*_: object, **__: object) -> None:
         raise MemoryError("8 EiB")
 
-    monkeypatch.setattr(auditing, "audit", audit)
+    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
     assert "out of memory (8 EiB)" in refused(3, run)
 
 
 def test_file_that_shrinks_meanwhile(refused, run, monkeypatch):
-    audit = auditing.audit
+    audit = auditing.audit_and_free_run
 
-    def shrink(*arguments: Any, **options: Any) -> xr.Dataset:
+    def shrink(*arguments: Any, **options: Any) -> Any:
         os.truncate(run, 4000)
         return audit(*arguments, **options)
 
-    monkeypatch.setattr(auditing, "audit", shrink)
-    assert "became shorter while it was read" in refused(3, run, keeps=False)
+    monkeypatch.setattr(auditing, "audit_and_free_run", shrink)
+    assert "became shorter while it was read" in refused(3, run, *FEW, keeps=False)
 
 
 def hollow_run(path: Path, steps: int, tokens: int, width: int) -> Path:
@@ -663,7 +680,7 @@ def test_control_c_on_a_terminal(folder):
         pytest.skip("the file system has no holes")
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    started = process(path, "--csv", "x.csv", "--plots", "p", stderr=end)
+    started = process(path, *FEW, "--csv", "x.csv", "--plots", "p", stderr=end)
     os.close(end)
     shown = b""
     with contextlib.suppress(OSError):  # the other end is closed, when the process is done
@@ -702,7 +719,7 @@ def test_nonfinite_values_are_counted(command, folder):
         tensors[key] = dtype, array
     write(folder / "run.safetensors", tensors, metadata)
     groups = jaxaudit.sample_paths()[1]
-    outcome = command("run.safetensors", "--token-groups", groups)
+    outcome = command("run.safetensors", *FEW, "--token-groups", groups)
     assert (outcome.status, outcome.err) == (0, "")
     members = jaxaudit.open_token_groups(groups).members
     with xr.open_dataset("results/run.nc") as dataset:
@@ -715,7 +732,7 @@ def test_nonfinite_values_are_counted(command, folder):
                 found = dataset.nonfinite_count.sel(tensor=key, token_group=group)
                 np.testing.assert_array_equal(found, expected)
             assert f"{key} {bad.sum()}" in outcome.out.split("Infinite or NaN elements")[1]
-    found = json.loads(command("run.safetensors", "--json", "--overwrite").out)
+    found = json.loads(command("run.safetensors", *FEW, "--json", "--overwrite").out)
     assert all(count > 0 for count in found["nonfinite_count"].values())
 
 
@@ -764,7 +781,7 @@ def test_tables_asked_for_again_under_other_arithmetics(command, run):
 
 
 def test_figures(command, run):
-    assert command(run, "--plots", "figures/new").status == 0
+    assert command(run, *FEW, "--plots", "figures/new").status == 0
     assert set(os.listdir("figures/new")) == set(plots.FIGURES)
     for name in plots.FIGURES:
         assert Path("figures/new", name).read_bytes().startswith(b"\x89PNG")
@@ -777,7 +794,7 @@ def test_figures(command, run):
 def test_long_names(command, run):
     """The temporary name does not have to be longer than the name that is wanted."""
     name = "x" * 250 + ".nc"
-    assert command(run, "--output", name).status == 0
+    assert command(run, *FEW, "--output", name).status == 0
     assert Path(name).exists()
 
 
@@ -801,13 +818,13 @@ def test_long_schedules_and_metadata(command, folder):
 
 
 def test_expectation_met_on_the_sample(command):
-    outcome = command("--expect", "torch-cpu-loop")
+    outcome = command(*FEW, "--expect", "torch-cpu-loop")
     assert (outcome.status, outcome.err) == (0, "")
     assert "Replays bit for bit under torch-cpu-loop" in outcome.out
 
 
 def test_expectation_not_met(command, run):
-    outcome = command(run, "--expect", "float32-then-bfloat16")
+    outcome = command(run, *FEW, "--expect", "float32-then-bfloat16")
     assert (outcome.status, outcome.err) == (1, "")
     assert "Expected float32-then-bfloat16, but" in outcome.out and Path("results/run.nc").exists()
 
@@ -821,7 +838,7 @@ def test_expectation_is_replayed_whatever_else_is_asked_for(command, run):
 def test_expectation_without_moments(command, folder):
     tensors, metadata = short_run()
     write(folder / "x.safetensors", {"W": tensors["W"]}, metadata)
-    outcome = command("x.safetensors", "--expect", "torch-cpu-loop")
+    outcome = command("x.safetensors", *FEW, "--expect", "torch-cpu-loop")
     assert outcome.status == 1 and outcome.err == ""
 
 
@@ -838,7 +855,8 @@ def assert_flip_is_found(
     flipped = original.copy()
     flipped[place] ^= flipped.dtype.type(1 << bit)
     write(Path("flipped.safetensors"), dict(tensors) | {key: (dtype, flipped)}, metadata)
-    outcome = command("flipped.safetensors", "--expect", "torch-cpu-loop", "--json", "--overwrite")
+    arguments = ("--arithmetic", "torch-cpu-loop", "--expect", "torch-cpu-loop", "--json")
+    outcome = command("flipped.safetensors", *arguments, "--overwrite")
     assert outcome.status == 1 and outcome.err == ""
     stage = {"W": "param", "momentum_W": "exp_avg", "variance_W": "exp_avg_sq"}[key]
     replayed = int(original[place]) >> (0 if dtype == "BF16" else 16)
