@@ -185,7 +185,6 @@ _TORCH_CPU_FOREACH = dataclasses.replace(
     source="torch/optim/adam.py `_multi_tensor_adam`; its in-place multiplications round their scalars to the "
     "storage format",
     rule=scalars.storage_rounded(scalars.torch, "l2", "epsilon", "decay", "beta2"),
-    storages=(BFLOAT16, FLOAT16),
 )
 
 _TORCH_CPU_FUSED = Arithmetic(
@@ -220,7 +219,7 @@ _TORCH_CUDA_LOOP = Arithmetic(
     source="torch/optim/adam.py `_single_tensor_adam`; ATen CUDA kernels, whose expressions were compiled and "
     "disassembled",
     gradient=formulas.gradient_cuda,
-    exp_avg=formulas.exp_avg_lerp,
+    exp_avg=formulas.exp_avg_lerp_cuda,
     exp_avg_sq=formulas.exp_avg_sq_cuda,
     param=formulas.param_cuda_reciprocal,
     rule=scalars.torch,
@@ -310,6 +309,7 @@ over lists: d = R(R(sqrt(v)) / sqrt(1 - beta2^t));  d = R(d + eps);  d = R(d / -
 _OVER_LISTS = {"param": formulas.param_capturable_foreach}
 _CPU_KERNELS = {
     "gradient": formulas.gradient_cpu,
+    "exp_avg": formulas.exp_avg_lerp,
     "exp_avg_sq": formulas.exp_avg_sq_cpu,
     "tail": "chunks",
     "float32_roots": True,
@@ -567,7 +567,7 @@ VARIANTS: dict[str, tuple[Arithmetic, ...]] = {
     variants[0].name: variants
     for variants in (
         _variants(_TORCH_CPU_LOOP, _BUILDS, _TENSOR_RATE, _ROOTS),
-        _variants(_TORCH_CPU_FOREACH, _BUILDS),
+        _variants(_TORCH_CPU_FOREACH, _BUILDS, _ROOTS),
         _variants(_TORCH_CPU_FUSED, _BUILDS),
         _variants(_TORCH_CUDA_FOREACH),
         _variants(_TORCH_CUDA_LOOP, _RECIPROCALS),

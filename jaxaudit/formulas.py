@@ -65,6 +65,15 @@ def exp_avg_lerp(k: Kernel) -> Value:
     return ops.where(scalar_loop, scalar, vector)
 
 
+def exp_avg_lerp_cuda(k: Kernel) -> Value:
+    """As `exp_avg_lerp`; from the other end all elements are g - (g - m)*(1 - w)."""
+    ops, g, m = k.ops, k.gradient(), k.x["exp_avg"]
+    change, where = ops.subtract(g, m), "the interpolation of exp_avg"
+    if k.step.interpolation == "start":
+        return k.fused(k.s["exp_avg_weight"], change, m, where)
+    return k.fused(k.s["exp_avg_rest"], ops.negate(change), g, where)
+
+
 def exp_avg_fused_cuda(k: Kernel) -> Value:
     """fma(beta1, m, fma(-beta1, g, g)), all in float32."""
     g, beta1 = k.gradient(), k.s["beta1"]
@@ -412,7 +421,7 @@ def _corrected_optax(k: Kernel) -> Value:
 
 def _root_optax(k: Kernel) -> Value:
     second = k.new_second_moment() if k.step.amsgrad else _corrected_optax(k)
-    return k.rounded(k.ops.sqrt(k.ops.add(second, np.float32(0))), "sqrt(exp_avg_sq)")
+    return k.ops.sqrt(k.ops.add(second, np.float32(0)))
 
 
 def _update_format(k: Kernel) -> Format:
@@ -425,7 +434,8 @@ def param_optax(k: Kernel) -> Value:
     ops, fmt = k.ops, _update_format(k)
     first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
     first = k.rounded(first, "the corrected exp_avg", fmt)
-    divisor = k.rounded(ops.add(_root_optax(k), k.s["epsilon"]), "the denominator")
+    root = k.rounded(_root_optax(k), "sqrt(exp_avg_sq)")
+    divisor = k.rounded(ops.add(root, k.s["epsilon"]), "the denominator")
     update = k.rounded(ops.divide(first, divisor), "the quotient", fmt)
     return _weight_optax(k, update)
 
@@ -464,7 +474,8 @@ def param_optax_compiled(k: Kernel) -> Value:
     """As `param_optax` with both last sums fused: fma(weight_decay, p, u), then fma(-lr, u, p)."""
     ops, s = k.ops, k.s
     first, root = ops.multiply(k.new_exp_avg(), s["reciprocal_bias_correction1"]), _root_optax(k)
-    divisor = _rounded_within(k, ops.add(root, s["epsilon"]), "the denominator")
+    divisor = ops.add(k.rounded(root, "sqrt(exp_avg_sq)"), s["epsilon"])
+    divisor = _rounded_within(k, divisor, "the denominator")
     update = ops.divide(first, divisor)
     if k.step.storage is k.step.exp_avg_format:
         update = ops.where(s["epsilon"] == 0, _by_reciprocal(k, first, root), update)
@@ -484,6 +495,7 @@ def param_optax_without_epsilon(k: Kernel) -> Value:
 
 
 def _by_reciprocal(k: Kernel, first: Value, root: Value) -> Value:
+    """`m_hat * rsqrt(v_hat)`, the reciprocal root being rounded once."""
     reciprocal = k.rounded(k.ops.divide(np.float32(1), root), "the reciprocal root")
     return k.rounded(k.ops.multiply(first, reciprocal), "the quotient")
 

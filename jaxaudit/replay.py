@@ -233,10 +233,6 @@ class Replayer:
 
     def _try(self, program: Program, formulation: Formulation) -> str:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
-        if formulation == "float64":
-            inexact = inexact_operations(self.device, formulation)
-            if inexact:
-                return f"inexact {', '.join(inexact)}, expected the results of IEEE 754"
         tried = min(_TRIED, self._shape[1])
         trial = _Trial(program, formulation, self._shape, tried)
         arguments = (program, trial.scalars, trial.window, trial.tail)
@@ -253,7 +249,9 @@ class Replayer:
         if np.mean(flags & STRAY != 0) > 0.5:
             return "it takes ordinary numbers for subnormal ones"
         if not wrong.any():
-            return ""
+            # What is left may be too rare for a trial: a double rounding of a fused multiply-add, say.
+            inexact = formulation == "float64" and inexact_operations(self.device, formulation)
+            return "a single operation gives other than the expected results" if inexact else ""
         return trial.describe(tuple(np.argwhere(wrong)[0]), results)
 
 

@@ -391,6 +391,8 @@ def test_every_point_is_one(arithmetic):
                 other = dataclasses.replace(step, altered=step.altered ^ {point})
                 changed = results(other, arithmetic, given, [name])[name]
                 shows = not np.array_equal(changed, usual)
+                if "compiled, first moment in float32" in arithmetic.variant:
+                    shows |= point in WITHOUT_EPSILON
                 assert shows or (name, point) in ROUNDED_ANYWAY, (step.storage, step.decay, point)
 
 
@@ -399,6 +401,9 @@ ROUNDED_ANYWAY = {
     ("param", "rounding of the new weight"),
     ("max_exp_avg_sq", "rounding of the corrected exp_avg_sq"),
 }
+
+#: Points of optax, compiled, that are for an epsilon of zero.
+WITHOUT_EPSILON = {"rounding of the reciprocal root", "rounding of the quotient"}
 
 
 @pytest.mark.parametrize("fmt", SIXTEEN_BITS, ids=name_of)

@@ -31,7 +31,12 @@ def x64():
 @pytest.fixture
 def fresh_programs():
     """Compile anew, and forget afterwards what was compiled from tampered operations."""
-    caches = (replay._flags_program, replay._results_program, replay._free_run_program)
+    caches = (
+        replay._flags_program,
+        replay._results_program,
+        replay._free_run_program,
+        replay.inexact_operations,
+    )
     for cache in caches:
         cache.cache_clear()
     yield
