@@ -18,7 +18,7 @@ from jaxaudit.comparison import (
     members_within,
     sum_groups,
 )
-from jaxaudit.floats import FLOAT16
+from jaxaudit.floats import FLOAT16, Format
 from jaxaudit.operations import Formulation, narrow_patterns
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
 from jaxaudit.replay import Program, Recorded
@@ -43,12 +43,12 @@ class Tables:
         self,
         recording: Recording,
         groups: TokenGroups,
-        arithmetics: list[str],
+        candidates: int,
         steps: tuple[int, int],
     ):
-        self.groups, self.arithmetics, self.steps = groups, arithmetics, steps
+        self.groups, self.steps = groups, steps
         self.tensors = [name for name in TENSOR_KEYS if name in recording.formats]
-        count = (len(arithmetics), steps[1] - steps[0], len(groups.members))
+        count = (candidates, steps[1] - steps[0], len(groups.members))
         staged = (count[0], len(STAGES), *count[1:])
         self.mismatches = np.full(staged, results.NOT_AUDITED, np.int64)
         self.distances = np.full(staged, results.NOT_AUDITED, np.int64)
@@ -68,6 +68,20 @@ class Tables:
             self.mismatches[a, k] = self.distances[a, k] = 0
             if stage == "param":
                 self.predicted[a] = self.difference[a] = self.product[a] = 0
+
+    def keep(self, candidates: Sequence[int]) -> None:
+        """Forget all candidates but these."""
+        for name in (
+            "mismatches",
+            "distances",
+            "audited",
+            "first",
+            "predicted",
+            "difference",
+            "product",
+        ):
+            setattr(self, name, getattr(self, name)[list(candidates)])
+        self.roundings = self.roundings[:, list(candidates)]
 
     def place(self, window: Window) -> slice:
         """Return the window's place on the timestep axis."""
@@ -96,7 +110,9 @@ class Divergence:
         window: Window,
         arrays: Recorded,
         members: list[NDArray[np.int64]],
+        *,
         exact: bool,
+        tiny: bool,
     ) -> None:
         """Take a window into account.
 
@@ -106,6 +122,7 @@ class Divergence:
             arrays: its recorded patterns.
             members: each group's rows in it.
             exact: every stage was audited in it and came out bit for bit.
+            tiny: there are recorded weights that float32 sums do not do justice to.
         """
         candidate, key = self._candidates[a], (a, window.rows)
         step = self._bench.step(candidate)
@@ -115,7 +132,8 @@ class Divergence:
         self._apart.add(key)
         run = self._bench.run(candidate, step.state, window, arrays)["param"][1:]
         recorded, storage = arrays["param"], self._bench.recording.storage
-        fmt, formulation = step.param_format, "float64"
+        fmt: Format = step.param_format
+        formulation: Formulation = "float64" if tiny else "float32"
         if step.keeps_more:
             run, fmt = narrow_patterns(run, storage), storage
         comparison, place = self._bench.comparison, self._tables.place(window)
@@ -126,6 +144,12 @@ class Divergence:
             self.distances[a, place], max_groups(distances[: window.steps], members)
         )
         self.squares[a, place] += sum_groups(squares[: window.steps], members)
+
+    def keep(self, candidates: Sequence[int]) -> None:
+        """Forget all candidates but these."""
+        self.runs = [self.runs[k] for k in candidates]
+        for name in ("mismatches", "distances", "squares"):
+            setattr(self, name, getattr(self, name)[list(candidates)])
 
     def _can_run(self, candidate: Candidate) -> bool:
         recording, step = self._bench.recording, self._bench.step(candidate)
@@ -175,7 +199,9 @@ class Accountant:
                     self._enter_norms(a, outcome, window, arrays, members, observed, tiny)
             if self._divergence:
                 exact = not differing and stages == STAGES
-                self._divergence.follow(a, window, arrays, members, exact)
+                self._divergence.follow(
+                    a, window, arrays, members, exact=exact, tiny=bool(param & TINY)
+                )
         self._look_at_values(window, arrays, members, param, clean)
 
     def run_up(self, window: Window) -> None:

@@ -136,7 +136,7 @@ def _audit(request: _Request, *, run_freely: bool) -> tuple[xr.Dataset, xr.Datas
     with jax.enable_x64(True), jax.default_device(device):
         bench = Workbench(recording, device, steps, request.window_steps)
         candidates = choose(bench, request.arithmetics)
-        tables = Tables(recording, groups, [c.arithmetic.name for c in candidates], steps)
+        tables = Tables(recording, groups, len(candidates), steps)
         divergence = Divergence(bench, tables, candidates) if run_freely else None
         accountant = Accountant(bench, tables, candidates, divergence)
         if steps[0] > 1 and any(bench.hidden(candidate) for candidate in candidates):
@@ -148,8 +148,24 @@ def _audit(request: _Request, *, run_freely: bool) -> tuple[xr.Dataset, xr.Datas
             done += sum(array.nbytes for array in window.tensors.values())
             if progress:
                 progress(min(done, total), total)
+        kept = _kept(tables, candidates)
+        tables.keep(kept)
+        candidates = [candidates[k] for k in kept]
+        if divergence:
+            divergence.keep(kept)
     dataset = _label(bench, tables, candidates)
     return dataset, _label_free_run(dataset, divergence) if divergence else xr.Dataset()
+
+
+def _kept(tables: Tables, candidates: Sequence[Candidate]) -> list[int]:
+    """Choose among the variants of each name the one with the fewest mismatches, in any audited stage."""
+    wrong = np.maximum(tables.mismatches, 0)[..., 0].sum(axis=(1, 2))
+    best: dict[str, int] = {}
+    for k, candidate in enumerate(candidates):
+        name = candidate.arithmetic.name
+        if name not in best or wrong[k] < wrong[best[name]]:
+            best[name] = k
+    return list(best.values())
 
 
 def _label_free_run(dataset: xr.Dataset, divergence: Divergence) -> xr.Dataset:
@@ -211,7 +227,7 @@ def _label(bench: Workbench, tables: Tables, candidates: Sequence[Candidate]) ->
     coordinates = {
         "timestep": np.arange(*tables.steps, dtype=np.int64),
         "token_group": groups.names,
-        "arithmetic": tables.arithmetics,
+        "arithmetic": [c.arithmetic.name for c in candidates],
         "stage": list(STAGES),
         "tensor": [TENSOR_KEYS[name] for name in tables.tensors],
         "mismatch_field": list(results.MISMATCH_FIELDS),

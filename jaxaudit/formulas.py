@@ -420,8 +420,9 @@ def _corrected_optax(k: Kernel) -> Value:
 
 
 def _root_optax(k: Kernel) -> Value:
+    # optax adds an `eps_root` of 0 first, which could change -0 only: no second moment is that.
     second = k.new_second_moment() if k.step.amsgrad else _corrected_optax(k)
-    return k.ops.sqrt(k.ops.add(second, np.float32(0)))
+    return k.ops.sqrt(second)
 
 
 def _update_format(k: Kernel) -> Format:
@@ -477,8 +478,6 @@ def param_optax_compiled(k: Kernel) -> Value:
     divisor = ops.add(k.rounded(root, "sqrt(exp_avg_sq)"), s["epsilon"])
     divisor = _rounded_within(k, divisor, "the denominator")
     update = ops.divide(first, divisor)
-    if k.step.storage is k.step.exp_avg_format:
-        update = ops.where(s["epsilon"] == 0, _by_reciprocal(k, first, root), update)
     if k.step.decay == "decoupled" and k.step.storage is FLOAT16:
         decay = k.rounded(ops.multiply(s["l2"], k.x["param"]), "weight_decay * param")
         update = ops.add(update, decay)

@@ -33,7 +33,7 @@ from jaxaudit.hyperparameters import Hyperparameters, StepCount
 from jaxaudit.probing import Probe, probe, scattered
 from jaxaudit.recording import Recording
 from jaxaudit.safetensors_file import FileError
-from jaxaudit.scalars import scalars_of
+from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import STAGES, Stage
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
@@ -48,6 +48,9 @@ _RUN = 24
 
 #: Largest step count that is tried for a resumed run, and elements that it is sought with.
 _COUNTS, _SOUGHT = 200_000, 1 << 12
+
+#: Variants of a name that fit the probes and are replayed in full, at most.
+_VARIANTS_KEPT = 4
 
 #: How often recorded values are combined anew to find an element that tells two candidates apart.
 _COMBINED = 8
@@ -88,8 +91,11 @@ class Identifier:
         self._probes: dict[tuple[bool, int], Probe] = {}
 
     def rank(self) -> list[Finding]:
-        """Find the best candidate of every name, in the order of `sort`."""
-        found = [self.best(name) for name in _conceivable(self._recording)]
+        """Find the best candidates of every name, in the order of `sort`.
+
+        A name has several where some of its variants fit the probes; the whole recording may tell them apart.
+        """
+        found = [f for name in _conceivable(self._recording) for f in self.best(name)]
         if not any(finding.fits for finding in found):
             found = [self._repaired(finding) for finding in found]
         return self.sort(found)
@@ -101,19 +107,25 @@ class Identifier:
             findings, key=lambda f: (not f.fits, f.share, f.candidate.arithmetic.name != claimed)
         )
 
-    def best(self, name: str) -> Finding:
-        """Find the variant and the options of a name under which the fewest bits are wrong."""
+    def best(self, name: str) -> list[Finding]:
+        """Find the variants and options of a name that fit, else the nearest one."""
         best: Finding | None = None
+        fitting: list[Finding] = []
         for candidate in self._candidates(name):
+            if any(f.candidate.arithmetic is candidate.arithmetic for f in fitting):
+                continue  # other options of a variant that fits
             finding = self.judge(candidate, best)
             if finding and finding.fits:
                 finding = self.judge(candidate, elements=_MORE_ELEMENTS)
-            if finding and (best is None or finding.share < best.share):
+            if finding and finding.fits:
+                fitting.append(finding)
+            # What the metadata state, which comes first, gives way to what does much better only.
+            elif finding and (best is None or finding.share < best.share / 2):
                 best = finding
-            if best and best.fits:
+            if len(fitting) == _VARIANTS_KEPT:
                 break
-        assert best is not None
-        return best
+        assert fitting or best
+        return fitting or [best]
 
     def judge(
         self,
@@ -227,11 +239,12 @@ class Identifier:
     def _repairs(self, candidate: Candidate) -> Iterator[Candidate]:
         """Change the hyperparameters stage by stage: each decides for itself which of them fit."""
         stages, probe = self._bench.stages(candidate), self._probe(candidate)
-        firsts = [candidate, *_with(candidate, beta1=_roundings(candidate.given.beta1))]
+        given, name = candidate.given, candidate.arithmetic.name
+        firsts = [candidate, *_with(candidate, beta1=_roundings(given.beta1, name))]
         if "exp_avg" in stages:
             firsts = [c for c in firsts if not probe.mismatches(c, "exp_avg")][:1]
         for first in firsts:
-            seconds = [first, *_with(first, beta2=_roundings(first.given.beta2))]
+            seconds = [first, *_with(first, beta2=_roundings(given.beta2, name))]
             if "exp_avg_sq" in stages:
                 seconds = [c for c in seconds if not probe.mismatches(c, "exp_avg_sq")][:1]
             for second in seconds:
@@ -244,7 +257,7 @@ class Identifier:
         stored, given = self._recording.hyperparameters, candidate.given
         assert stored is not None
         betas = [None] if given.beta2 == stored.beta2 else [None, stored.beta2]
-        betas += [x for x in _roundings(given.beta2) if x not in betas]
+        betas += [x for x in _roundings(given.beta2, candidate.arithmetic.name) if x not in betas]
         limits = [None, 256, 2048]
         counts = [dataclasses.replace(given.count, limit=limit) for limit in limits]
         counts += [StepCount(corrects=False)]
@@ -313,12 +326,16 @@ def identify(
                 "where the recording does not start with the run."
             )
         if confirm:
-            ranked = [_confirmed(bench, f) if f.fits else f for f in ranked]
-        return _label(identifier, identifier.sort(ranked), recording.hyperparameters, confirm)
+            ranked = _confirmed(bench, ranked)
+        ranked = _unique(identifier.sort(ranked))
+        return _label(identifier, ranked, recording.hyperparameters, confirm)
 
 
 def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
-    """Turn what was asked for into arithmetics with options."""
+    """Turn what was asked for into arithmetics with options.
+
+    A name can come several times, with different variants; the one to keep is that with the fewest mismatches.
+    """
     chosen: list[Candidate] = []
     identifier = Identifier(bench)
     if bench.recording.hyperparameters is None:
@@ -327,11 +344,20 @@ def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
         if name == "auto":
             chosen += _identified(identifier)
         elif name == "all":
-            chosen += [identifier.best(each).candidate for each in CATALOGUE]
+            chosen += [f.candidate for each in CATALOGUE for f in identifier.best(each)]
         else:
-            chosen.append(identifier.best(name).candidate)
-    names = [c.arithmetic.name for c in chosen]
-    return [c for k, c in enumerate(chosen) if names.index(c.arithmetic.name) == k]
+            chosen += [f.candidate for f in identifier.best(name)]
+    return [c for k, c in enumerate(chosen) if not any(_alike(c, d) for d in chosen[:k])]
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    return one.arithmetic is other.arithmetic and one.options == other.options
+
+
+def _unique(findings: Sequence[Finding]) -> list[Finding]:
+    """Keep the first of each name."""
+    names = [f.candidate.arithmetic.name for f in findings]
+    return [f for k, f in enumerate(findings) if names.index(names[k]) == k]
 
 
 def _identified(identifier: Identifier) -> list[Candidate]:
@@ -414,9 +440,11 @@ def _stated_first(stated: bool | None, usual: bool, possible: bool) -> list[bool
     return [first, not first]
 
 
-def _roundings(beta: float) -> list[float]:
-    """List what a beta may have been rounded to on its way."""
+def _roundings(beta: float, name: str) -> list[float]:
+    """List what a beta may have been rounded to on its way to an arithmetic."""
     found = [float(round_scalar(beta, fmt)) for fmt in (FLOAT32, BFLOAT16, FLOAT16)]
+    if name == "optimi-kahan":  # its debiased beta is 0/0 for a beta of 1
+        found = [value for value in found if value < 1]
     return [value for k, value in enumerate(found) if value != beta and value not in found[:k]]
 
 
@@ -441,10 +469,12 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
     x["tail"] = probe.tail(candidate, step)[part]
     wanted = probe.recorded("param")[:1, part]
 
-    def replayed(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    def replayed(counts: NDArray[np.int64], nudge: Nudge = EXACT) -> NDArray[np.float32]:
         rates = np.full(counts.size, candidate.given.learning_rate[timestep - 1])
         given = dataclasses.replace(candidate.given, count=StepCount(), learning_rate=rates)
-        scalars = scalars_of(step, candidate.arithmetic.rule, given, counts.tolist())
+        scalars = scalars_of(
+            step, candidate.arithmetic.rule, given, counts.tolist(), [nudge] * counts.size
+        )
         return probe.replay(step, "param", scalars, x)
 
     low, high, counts = 1, _COUNTS, np.unique(np.geomspace(1, _COUNTS, 64).astype(np.int64))
@@ -464,8 +494,11 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
         {c for c in some if low <= c <= high and c >= timestep},
         key=lambda c: _roundness(c - timestep),
     )
-    found = replayed(np.array(order, np.int64))
-    differ = floats.differ(found.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
+    differ = np.ones(len(order), bool)
+    for nudge in candidate.arithmetic.nudges(candidate.given):
+        if nudge == Nudge(rate=nudge.rate):  # powers are near enough
+            found = replayed(np.array(order, np.int64), nudge)
+            differ &= floats.differ(found.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
     return [c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong][:32]
 
 
@@ -506,20 +539,26 @@ def _separating(
     return None
 
 
-def _confirmed(bench: Workbench, finding: Finding) -> Finding:
-    """Count a candidate's mismatches over the whole recording."""
-    candidate, compared = finding.candidate, 0
-    counts: dict[Stage, int | None] = {
-        stage: 0 if stage in bench.stages(candidate) else None for stage in STAGES
+def _confirmed(bench: Workbench, findings: Sequence[Finding]) -> list[Finding]:
+    """Count the mismatches of those that fit over the whole recording."""
+    fitting = [f.candidate for f in findings if f.fits]
+    if not fitting:
+        return list(findings)
+    counts: dict[Candidate, dict[Stage, int | None]] = {
+        c: {stage: 0 if stage in bench.stages(c) else None for stage in STAGES} for c in fitting
     }
-    start = 1 if bench.hidden(candidate) else bench.steps[0]
+    start = 1 if any(bench.hidden(c) for c in fitting) else bench.steps[0]
+    compared = 0
     for window in bench.windows((start, bench.steps[1])):
-        arrays = bench.with_hidden(candidate, window, bench.put(window))
-        for stage in bench.stages(candidate):
-            flags, _ = bench.flags(candidate, stage, window, arrays)
-            counts[stage] = (counts[stage] or 0) + int(np.count_nonzero(flags))
+        arrays = bench.put(window)
+        for candidate in fitting:
+            read = bench.with_hidden(candidate, window, arrays)
+            for stage in bench.stages(candidate):
+                flags, _ = bench.flags(candidate, stage, window, read)
+                known = counts[candidate][stage] or 0
+                counts[candidate][stage] = known + int(np.count_nonzero(flags))
         compared += window.steps * (window.rows[1] - window.rows[0]) * bench.recording.width
-    return Finding(candidate, counts, compared)
+    return [Finding(f.candidate, counts[f.candidate], compared) if f.fits else f for f in findings]
 
 
 def _label(

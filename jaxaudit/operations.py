@@ -403,7 +403,8 @@ class FlushingNumpyOperations(NumpyOperations):
         return self._rounded(_fma_rounded_to_odd(*(self._wide(x) for x in (a, b, c))))
 
     def _wide(self, a: Value) -> Value:
-        return self._flushed(a).astype(np.float64)
+        with np.errstate(all="ignore"):  # a signalling NaN
+            return self._flushed(a).astype(np.float64)
 
     def _rounded(self, value: Value) -> Value:
         with np.errstate(all="ignore"):

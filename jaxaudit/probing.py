@@ -24,6 +24,9 @@ from jaxaudit.workbench import Candidate, Workbench
 #: Largest part of a timestep that is read to choose elements from.
 _READ = 1 << 22
 
+#: Recordings of less timesteps than this are looked at in all of them.
+_SHORT = 16
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
@@ -251,12 +254,14 @@ def probe(bench: Workbench, timesteps: Sequence[int], count: int) -> Probe:
 
 
 def scattered(bench: Workbench) -> tuple[int, ...]:
-    """Choose early, middle and late timesteps; the first ones tell most about the bias corrections."""
+    """Choose early, middle and late timesteps; all of a short recording.
+
+    The first ones tell most about the bias corrections.
+    """
     first, last = bench.steps[0], bench.steps[1] - 1
-    early = (first, first + 1, first + 2, first + 9)
-    return tuple(
-        sorted({t for t in (*early, (first + last) // 2, last - 1, last) if first <= t <= last})
-    )
+    if last - first < _SHORT:
+        return tuple(range(first, last + 1))
+    return (first, first + 1, first + 2, first + 9, (first + last) // 2, last - 1, last)
 
 
 def _spans(recording: Recording) -> list[tuple[int, int]]:

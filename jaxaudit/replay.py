@@ -187,6 +187,10 @@ class Replayer:
         compiled = _results_program(program, formulation, self.device)
         return compiled(*self._arguments(program, formulation, scalars, window, tail))
 
+    def is_exact(self, program: Program, formulation: Formulation) -> bool:
+        """Tell whether a formulation of a program passes its self-test on this device."""
+        return not self._verdict(program, formulation)
+
     def self_tests(self) -> dict[str, str]:
         """Report every self-test that was made: "passed", or what came out wrong."""
         found = {
@@ -273,12 +277,18 @@ class FreeRun:
     ):
         self.step, self.hidden = step, hidden
         self._formats = replayer.formats
-        for tensor in hidden:
-            replayer.require(replayer.program(step, tensor, rule, name), "float64")
+        programs = [replayer.program(step, tensor, rule, name) for tensor in hidden]
+        for program in programs:
+            replayer.require(program, "float64")
+        self._fast = all(replayer.is_exact(program, "float32") for program in programs)
+        self._compared = False
         self._state: tuple[Any, ...] | None = None
         known = tuple((x, self._formats[x]) for x in step.state if x not in hidden)
         grad = self._formats["grad"]
-        self._compiled = _free_run_program(step, hidden, known, grad, replayer.device)
+        self._programs = {
+            formulation: _free_run_program(step, hidden, known, grad, formulation, replayer.device)
+            for formulation in ("float32", "float64")
+        }
 
     def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
         """Run through a window.
@@ -296,11 +306,30 @@ class FreeRun:
             self._state = tuple(self._start(name, window) for name in self.hidden)
         read = {"grad", *(name for name in self.step.state if name not in self.hidden)}
         arrays = {name: window[name] for name in sorted(read)}
-        run = self._compiled(np.uint32(0), _widened(scalars), arrays, tail, self._state)
+        run = self._run(scalars, arrays, tail)
         # The window may lie in memory that the reader fills anew as soon as this returns.
         jax.block_until_ready(run)
         self._state = tuple(each[steps] for each in run)
         return dict(zip(self.hidden, run, strict=True))
+
+    def _run(self, scalars: Scalars, arrays: Recorded, tail: Any) -> tuple[Any, ...]:
+        """Run in float32 where no subnormal number is met, else in float64; the first time in both."""
+        run = None
+        if self._fast and _no_subnormals(scalars):
+            found, stray = self._programs["float32"](
+                np.uint32(0), scalars, arrays, tail, self._state
+            )
+            run = None if bool(stray) else found
+        if run is not None and self._compared:
+            return run
+        exact, _ = self._programs["float64"](
+            np.uint32(0), _widened(scalars), arrays, tail, self._state
+        )
+        if run is not None:
+            # The self-test tried each stage alone; within a loop the compiler may treat it otherwise.
+            same = (bool(jnp.array_equal(a, b)) for a, b in zip(run, exact, strict=True))
+            self._fast, self._compared = all(same), True
+        return exact
 
     def _start(self, name: str, window: Recorded) -> Any:
         """Return the first state: the recorded one where there is one, else zeros."""
@@ -480,10 +509,12 @@ def _flags_program(program: Program, formulation: Formulation, device: Device) -
                 flags |= ops.strays.astype(jnp.uint8) * STRAY
             return flags
 
-        ops = operations_of(formulation, zero)
+        ops = operations_of(formulation, zero, flushes=program.step.flushes)
         values = program.values(ops, window, target.shape[0] - 1, tail)
         del values["tail"]
-        return jax.vmap(one_step)(scalars, values, ops.decode(target[1:], program.recorded))
+        # What was recorded is compared as it is, subnormal or not.
+        recorded = operations_of(formulation, zero).decode(target[1:], program.recorded)
+        return jax.vmap(one_step)(scalars, values, recorded)
 
     return compile_exactly(whole, device)
 
@@ -510,12 +541,18 @@ def _free_run_program(
     hidden: tuple[str, ...],
     known: tuple[tuple[str, Format], ...],
     grad: Format,
+    formulation: Formulation,
     device: Device,
 ) -> Callable:
-    """Run the hidden tensors through a window, each step fed with the one before; exact for every input."""
+    """Run the hidden tensors through a window, each step fed with the one before.
 
-    def whole(zero: Any, scalars: Any, window: Any, tail: Any, state: Any) -> tuple[jax.Array, ...]:
-        ops = operations_of("float64", zero, flushes=step.flushes)
+    Returns the patterns of each, and whether in float32 a subnormal number was met.
+    """
+
+    def whole(
+        zero: Any, scalars: Any, window: Any, tail: Any, state: Any
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        ops = operations_of(formulation, zero, flushes=step.flushes)
         rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
         before = {name: values[:-1] for name, values in rows.items()}
         after = {name: values[1:] for name, values in rows.items()}
@@ -523,21 +560,29 @@ def _free_run_program(
 
         def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
             s, x, recorded = timestep
+            ops = operations_of(formulation, zero, flushes=step.flushes)
             x = x | dict(zip(hidden, carried, strict=True)) | {"tail": tail}
             found = step.advance(ops, s, x, recorded)
             new = tuple(found[name] for name in hidden)
-            return new, tuple(
+            patterns = tuple(
                 ops.encode(value, step.format_of(name))
                 for name, value in zip(hidden, new, strict=True)
             )
+            if not isinstance(ops, Float32Operations):
+                return new, (patterns, False)
+            for name, value in (*x.items(), *recorded.items(), *found.items()):
+                if name != "tail":
+                    ops.watch(value)
+            return new, (patterns, jnp.any(ops.strays))
 
         start = tuple(
             ops.decode(patterns, step.format_of(name))
             for name, patterns in zip(hidden, state, strict=True)
         )
-        _, run = jax.lax.scan(one_step, start, (scalars, before, after))
-        return tuple(
+        _, (run, strays) = jax.lax.scan(one_step, start, (scalars, before, after))
+        whole_run = tuple(
             jnp.concatenate([first[None], rest]) for first, rest in zip(state, run, strict=True)
         )
+        return whole_run, jnp.any(strays)
 
     return compile_exactly(whole, device)

@@ -186,8 +186,10 @@ def _timestep_table(found: dict[str, Any]) -> list[str]:
         "timesteps_with_cosine_above_0.99": "cosine above 0.99",
     }
     for name, one in found["arithmetics"].items():
+        # Where all weights agree exactly in all timesteps, the other rows say nothing more.
+        exact = one.get("exact_timesteps", {}).get("all") == total
         for key, title in titles.items():
-            if key in one:
+            if key in one and (key == "exact_timesteps" or not exact):
                 rows.append([f"{name}: {title}", *(f"{one[key][g]:,}" for g in groups)])
     return (
         _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
@@ -207,16 +209,19 @@ def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _free_run_lines(found: dict[str, Any]) -> list[str]:
-    lines, total = [], found["element_count"]["all"]
-    for name, one in found.get("free_run", {}).items():
+    runs, total = found.get("free_run", {}), found["element_count"]["all"]
+    lines = []
+    never = [name for name, one in runs.items() if one["first_divergence"]["all"] == 0]
+    if never:
+        verb = "never parts" if len(never) == 1 else "never part"
+        lines.append(f"Run freely over the gradients alone, {', '.join(never)} {verb} from it.")
+    for name, one in runs.items():
         first, count = one["first_divergence"]["all"], one["mismatch_count_at_the_end"]["all"]
-        if first == 0:
-            lines.append(f"{name}, left to itself with the gradients alone, never parts from it.")
-        elif first > 0:
+        if first > 0:
             far = one["max_ulp_distance_at_the_end"]["all"]
             lines.append(
-                f"{name}, left to itself with the gradients alone, parts from it at timestep {first:,}; in the "
-                f"end {count:,} of {total:,} weights differ, by up to {far:,} ulp."
+                f"Run freely over the gradients alone, {name} parts from it at timestep {first:,}; in the end "
+                f"{count:,} of {total:,} weights differ, by up to {far:,} ulp."
             )
     return lines
 
@@ -237,7 +242,8 @@ def _verdict(found: dict[str, Any]) -> str:
     missing = [stage for stage, count in audited.items() if count is None]
     what = "every audited element" if missing else "every weight and both moments"
     tail = f" ({', '.join(missing)} not audited)" if missing else ""
-    return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}."
+    told = "" if len(fitting) == 1 else " This recording does not tell them apart."
+    return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}.{told}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
