@@ -124,8 +124,10 @@ class Identifier:
                 best = finding
             if len(fitting) == _VARIANTS_KEPT:
                 break
-        assert fitting or best
-        return fitting or [best]
+        if not fitting:
+            assert best is not None  # a name has at least one candidate
+            fitting = [best]
+        return fitting
 
     def judge(
         self,
@@ -156,12 +158,15 @@ class Identifier:
     def diagnose(self, finding: Finding) -> str:
         """Say at which stage and operation the bits first part, by altering one point at a time."""
         candidate, probe = finding.candidate, self._probe(finding.candidate)
-        stage = next((s for s in STAGES if finding.mismatches[s]), None)
-        if stage is None:
+        found: list[Stage] = [stage for stage in STAGES if finding.mismatches[stage]]
+        if not found:
             return ""
-        wrong, step = finding.mismatches[stage] or 0, self._bench.step(candidate)
-        start = f"{stage} differs in {wrong:,} of {finding.compared:,} values"
-        tried = {}
+        stage, step = found[0], self._bench.step(candidate)
+        start = f"{stage} differs in {finding.mismatches[stage]:,} of {finding.compared:,} values"
+        wrong = probe.mismatches(candidate, stage)
+        if not wrong:
+            return f"{start}, too few to say why"
+        tried: dict[str, int] = {}
         for point in step.points(stage):
             arithmetic = dataclasses.replace(
                 candidate.arithmetic, altered=candidate.arithmetic.altered ^ {point}

@@ -177,7 +177,8 @@ class Probe:
             None if tail is None else tail.tobytes(),
         )
         if key not in self._memory:
-            x = self.inputs(candidate, stage) | {"tail": np.uint8(0) if tail is None else tail}
+            x = self.inputs(candidate, stage)
+            x["tail"] = np.zeros(1, np.uint8) if tail is None else tail
             found = self.replay(step, stage, scalars, x)
             a, b = (np.ascontiguousarray(v).view(np.uint32) for v in (found, self.recorded(stage)))
             self._memory[key] = step.differs(stage, a, b)

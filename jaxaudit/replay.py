@@ -376,22 +376,19 @@ class _Trial:
             name: _hard_patterns(rng, name, fmt, steps + (name != "grad"), size, formulation)
             for name, fmt in formats.items()
         }
-        tail = np.arange(drawn) % 2 == 0
+        tail = (np.arange(drawn) % 2 == 0).astype(np.uint8)
         fused, unfused = (
-            self._compute(ops, window, steps, tail.astype(np.uint8))
+            self._compute(ops, window, steps, tail)
             for ops in (numpy_operations(flushes=program.step.flushes), _Unfused())
         )
-        telling = _differ(fused, unfused, program.result, program.result).any(axis=0)
-        # Positions keep their parity, by which the trial decides what is in the tail.
-        order = np.concatenate(
-            [
-                np.argsort(~telling[k::2], kind="stable")[: -(-(tried - k) // 2)] * 2 + k
-                for k in (0, 1)
-            ]
-        )
+        silent = ~np.any(_differ(fused, unfused, program.result, program.result), axis=0)
         chosen = np.empty(tried, np.int64)
-        half = -(-tried // 2)
-        chosen[0::2], chosen[1::2] = order[:half], order[half:]
+        for k in (
+            0,
+            1,
+        ):  # columns keep their parity, by which the trial decides what is in the tail
+            count = chosen[k::2].size
+            chosen[k::2] = np.argsort(silent[k::2], kind="stable")[:count] * 2 + k
         return {name: patterns[:, chosen] for name, patterns in window.items()}
 
     def _compute(

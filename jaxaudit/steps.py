@@ -171,7 +171,7 @@ class Step:
         """
         after: dict[str, Value] = {}
         for name in self.state:
-            known = x | {f"new_{key}": value for key, value in after.items()}
+            known = {**x, **{f"new_{key}": value for key, value in after.items()}}
             found = recorded.get(name)
             after[name] = self.replay(name, ops, scalars, known) if found is None else found
         return after

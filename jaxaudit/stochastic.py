@@ -53,8 +53,9 @@ def tally(replayed: NDArray[np.uint32], recorded: NDArray[np.uint32]) -> NDArray
     counted = possible(replayed, recorded)
     fraction = (replayed[counted] & _LOW) / (_LOW + 1)
     where = bin_of(replayed[counted])
-    terms = (away(replayed[counted], recorded[counted]), fraction, fraction * (1 - fraction))
-    return np.stack([np.bincount(where, term, BINS) for term in terms])
+    went = away(replayed[counted], recorded[counted]).astype(np.float64)
+    terms = (went, fraction, fraction * (1 - fraction))
+    return np.array([np.bincount(where, term, BINS) for term in terms], np.float64)
 
 
 def p_value(

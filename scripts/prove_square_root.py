@@ -118,7 +118,7 @@ def roots() -> dict[str, Root]:
         return ops.patterns32(getattr(ops, name)(ops.decode(patterns, FLOAT32)))
 
     float32 = compile_exactly(lambda z, p: root(Float32Operations(z), p), device)
-    float64 = compile_exactly(lambda p: root(Float64Operations(), p), device)
+    float64 = compile_exactly(lambda p: root(Float64Operations(jax.numpy.uint32(0)), p), device)
     return {
         "numpy": lambda p: root(NumpyOperations(), p),
         "xla-float64": lambda p: np.asarray(float64(p)),
