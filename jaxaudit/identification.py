@@ -194,7 +194,9 @@ class Identifier:
         if key not in self._probes:
             last = min(_RUN, self._recording.steps)
             timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench)
-            self._probes[key] = probe(self._bench, timesteps, elements)
+            # A run takes as many times longer as it has timesteps.
+            count = min(elements, 1 << 13) if free else elements
+            self._probes[key] = probe(self._bench, timesteps, count)
         return self._probes[key]
 
     def _candidates(self, name: str) -> Iterator[Candidate]:
@@ -407,7 +409,8 @@ def _conceivable(recording: Recording) -> Iterator[str]:
     """Name the arithmetics whose weights the recording's format can hold and that it tells from others."""
     for name, variants in VARIANTS.items():
         possible = [v for v in variants if recording.storage in v.storages]
-        rounded = variants[0].weight != "float32" or recording.storage is FLOAT32
+        usual = variants[0]
+        rounded = usual.weight != "float32" or usual.stochastic or recording.storage is FLOAT32
         if possible and rounded:
             yield name
 

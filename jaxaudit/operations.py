@@ -390,7 +390,8 @@ class FlushingNumpyOperations(NumpyOperations):
         return self._flushed(super().subtract(self._flushed(a), self._flushed(b)))
 
     def multiply(self, a: Value, b: Value) -> Value:
-        return self._rounded(self._wide(a) * self._wide(b))
+        with np.errstate(all="ignore"):
+            return self._rounded(self._wide(a) * self._wide(b))
 
     def divide(self, a: Value, b: Value) -> Value:
         with np.errstate(all="ignore"):

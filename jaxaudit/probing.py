@@ -137,7 +137,7 @@ class Probe:
         found: dict[str, NDArray[Any]] = dict(self.before)
         found |= {f"new_{name}": values for name, values in self.after.items()}
         if self._runs_freely(step, stage):
-            found |= self._run(candidate, step)
+            found |= self._run_once(candidate, step)
         return found
 
     def recorded(self, stage: Stage) -> NDArray[np.float32]:
@@ -189,6 +189,20 @@ class Probe:
     def _runs_freely(self, step: Step, stage: Stage) -> bool:
         hidden = {*self.bench.replayer.hidden(step)}
         return bool(hidden & {name.removeprefix("new_") for name in step.reads(stage)})
+
+    def _run_once(self, candidate: Candidate, step: Step) -> dict[str, NDArray[Any]]:
+        """Run what was not recorded; candidates that are alike share a run, and only the last one is kept."""
+        scalars = self.scalars(candidate)
+        names = sorted({name for each in step.state for name in step.reads_scalars(each)})
+        tail = (
+            self.tail(candidate, step).tobytes()
+            if depends_on_tail(candidate.arithmetic, step)
+            else b""
+        )
+        key = (step, tail, *(scalars[name].tobytes() for name in names))
+        if self._memory.get("run", (None,))[0] != key:
+            self._memory["run"] = (key, self._run(candidate, step))
+        return self._memory["run"][1]
 
     def _run(self, candidate: Candidate, step: Step) -> dict[str, NDArray[Any]]:
         """Run what was not recorded from its start, as `replay.FreeRun` does."""

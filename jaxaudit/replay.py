@@ -3,8 +3,6 @@
 Each stage of a step (`exp_avg`, `exp_avg_sq`, `param`) is a program of its own, teacher-forced: step t starts
 from the recorded state of step t-1. A program comes in two formulations: float32 instructions, for windows in
 which these are exact, and float64 emulation for all others. Each is tried on hard inputs before it is used.
-
-What was not recorded is run freely instead (`FreeRun`): from its start, step after step, over the gradients.
 """
 
 import dataclasses
@@ -28,10 +26,8 @@ from jaxaudit.operations import (
     NumpyOperations,
     Operations,
     compile_exactly,
-    narrow_patterns,
     numpy_operations,
     operations_of,
-    widen_patterns,
 )
 from jaxaudit.scalars import Rule, scalars_of
 from jaxaudit.steps import Scalars, Step
@@ -44,7 +40,7 @@ DIFFERS = np.uint8(1)
 STRAY = np.uint8(2)
 
 #: Elements of each timestep that the self-test tries, and how many results it chooses them from.
-_TRIED, _DRAWN = 1 << 12, 1 << 18
+TRIED, _DRAWN = 1 << 12, 1 << 18
 
 
 class SelfTestError(RuntimeError):
@@ -111,8 +107,9 @@ class Replayer:
     def __init__(self, device: Device, formats: Mapping[str, Format], shape: tuple[int, int]):
         self.device = device
         self.formats = dict(formats)
-        self._shape = shape
+        self.shape = shape
         self._verdicts: dict[tuple[Program, Formulation], str] = {}
+        self._others: dict[str, str] = {}
 
     def hidden(self, step: Step) -> tuple[str, ...]:
         """Name the tensors of a step's state that the recording does not hold."""
@@ -160,7 +157,7 @@ class Replayer:
         Raises:
             SelfTestError: neither formulation is exact on this device.
         """
-        if _no_subnormals(scalars) and not self._verdict(program, "float32"):
+        if no_subnormals(scalars) and not self._verdict(program, "float32"):
             found = self._flags(program, "float32", scalars, window, tail)
             if not np.bitwise_or.reduce(found, axis=None) & STRAY:
                 return found, "float32"
@@ -187,16 +184,16 @@ class Replayer:
         compiled = _results_program(program, formulation, self.device)
         return compiled(*self._arguments(program, formulation, scalars, window, tail))
 
-    def is_exact(self, program: Program, formulation: Formulation) -> bool:
-        """Tell whether a formulation of a program passes its self-test on this device."""
-        return not self._verdict(program, formulation)
+    def note(self, what: str, verdict: str) -> None:
+        """Take the verdict of another self-test into the report: "" or what came out wrong."""
+        self._others[what] = verdict
 
     def self_tests(self) -> dict[str, str]:
         """Report every self-test that was made: "passed", or what came out wrong."""
         found = {
             f"{program.name} {program.stage} in {formulation}": verdict or "passed"
             for (program, formulation), verdict in self._verdicts.items()
-        }
+        } | {what: verdict or "passed" for what, verdict in self._others.items()}
         for formulation in sorted({f for (_, f), verdict in self._verdicts.items() if verdict}):
             inexact = inexact_operations(self.device, formulation)
             found[f"operations in {formulation}"] = f"inexact: {', '.join(inexact) or 'none'}"
@@ -210,7 +207,7 @@ class Replayer:
     def _arguments(
         self, program: Program, formulation: Formulation, scalars: Scalars, window: Recorded, tail: Any
     ) -> tuple[Any, ...]:  # fmt: skip
-        converted = scalars if formulation == "float32" else _widened(scalars)
+        converted = scalars if formulation == "float32" else widened(scalars)
         return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, tail
 
     def require(self, program: Program, formulation: Formulation) -> None:
@@ -237,8 +234,8 @@ class Replayer:
 
     def _try(self, program: Program, formulation: Formulation) -> str:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
-        tried = min(_TRIED, self._shape[1])
-        trial = _Trial(program, formulation, self._shape, tried)
+        tried = min(TRIED, self.shape[1])
+        trial = _Trial(program, formulation, self.shape, tried)
         arguments = (program, trial.scalars, trial.window, trial.tail)
         try:
             flags = self._flags(program, formulation, *arguments[1:])[:, :tried]
@@ -246,7 +243,7 @@ class Replayer:
         except Exception as error:
             # A device without float64, say, fails to compile; whatever it raises, it cannot be used.
             return f"it does not run ({str(error).splitlines()[0][:200]})"
-        wrong = _differ(results, trial.expected, program.result, program.result)
+        wrong = differ_in(results, trial.expected, program.result, program.result)
         wrong |= (flags & DIFFERS != 0) != trial.differs
         # What the program itself hands over to float64 need not be right.
         wrong &= flags & STRAY == 0
@@ -259,87 +256,6 @@ class Replayer:
         return trial.describe(tuple(np.argwhere(wrong)[0]), results)
 
 
-class FreeRun:
-    """Tensors of the state that no recording holds, obtained by running over the gradients from the start.
-
-    What the recording does hold is taken from it, before and after each timestep.
-
-    Args:
-        replayer: of the recording.
-        step: under which arithmetic.
-        rule: how its scalars are computed.
-        name: of the arithmetic, for people.
-        hidden: which tensors are run freely; all others must have been recorded.
-    """
-
-    def __init__(
-        self, replayer: Replayer, step: Step, rule: Rule, name: str, hidden: tuple[str, ...]
-    ):
-        self.step, self.hidden = step, hidden
-        self._formats = replayer.formats
-        programs = [replayer.program(step, tensor, rule, name) for tensor in hidden]
-        for program in programs:
-            replayer.require(program, "float64")
-        self._fast = all(replayer.is_exact(program, "float32") for program in programs)
-        self._compared = False
-        self._state: tuple[Any, ...] | None = None
-        known = tuple((x, self._formats[x]) for x in step.state if x not in hidden)
-        grad = self._formats["grad"]
-        self._programs = {
-            formulation: _free_run_program(step, hidden, known, grad, formulation, replayer.device)
-            for formulation in ("float32", "float64")
-        }
-
-    def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
-        """Run through a window.
-
-        Args:
-            scalars: those of the window's steps.
-            window: recorded patterns.
-            tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
-            steps: how many of the window's steps are valid.
-
-        Returns:
-            Patterns of each hidden tensor, (steps + 1, elements), in the step's own format.
-        """
-        if self._state is None:
-            self._state = tuple(self._start(name, window) for name in self.hidden)
-        read = {"grad", *(name for name in self.step.state if name not in self.hidden)}
-        arrays = {name: window[name] for name in sorted(read)}
-        run = self._run(scalars, arrays, tail)
-        # The window may lie in memory that the reader fills anew as soon as this returns.
-        jax.block_until_ready(run)
-        self._state = tuple(each[steps] for each in run)
-        return dict(zip(self.hidden, run, strict=True))
-
-    def _run(self, scalars: Scalars, arrays: Recorded, tail: Any) -> tuple[Any, ...]:
-        """Run in float32 where no subnormal number is met, else in float64; the first time in both."""
-        run = None
-        if self._fast and _no_subnormals(scalars):
-            found, stray = self._programs["float32"](
-                np.uint32(0), scalars, arrays, tail, self._state
-            )
-            run = None if bool(stray) else found
-        if run is not None and self._compared:
-            return run
-        exact, _ = self._programs["float64"](
-            np.uint32(0), _widened(scalars), arrays, tail, self._state
-        )
-        if run is not None:
-            # The self-test tried each stage alone; within a loop the compiler may treat it otherwise.
-            same = (bool(jnp.array_equal(a, b)) for a, b in zip(run, exact, strict=True))
-            self._fast, self._compared = all(same), True
-        return exact
-
-    def _start(self, name: str, window: Recorded) -> Any:
-        """Return the first state: the recorded one where there is one, else zeros."""
-        fmt = self.step.format_of(name)
-        if name not in window:
-            return jnp.zeros(window["grad"].shape[1], fmt.pattern_dtype)
-        wide = widen_patterns(jnp.asarray(window[name][0]), self._formats[name])
-        return narrow_patterns(wide, fmt)
-
-
 class _Trial:
     """Hard inputs for a program, in its own shapes, and what must come out."""
 
@@ -349,7 +265,7 @@ class _Trial:
         self._program = program
         steps, elements = shape
         rng = np.random.default_rng(20)
-        self.scalars = _trial_scalars(program, steps)
+        self.scalars = trial_scalars(program.step, program.rule, steps)
         self.tail = np.zeros(elements, np.uint8)
         self.tail[:tried:2] = 1
         self.window: dict[str, NDArray[Any]] = {}
@@ -373,7 +289,7 @@ class _Trial:
         drawn = tried * max(1, -(-_DRAWN // (tried * steps)))
         size = rng.integers(-26, -4, drawn)  # common to a column, so that its terms meet
         window = {
-            name: _hard_patterns(rng, name, fmt, steps + (name != "grad"), size, formulation)
+            name: hard_patterns(rng, name, fmt, steps + (name != "grad"), size, formulation)
             for name, fmt in formats.items()
         }
         tail = (np.arange(drawn) % 2 == 0).astype(np.uint8)
@@ -381,7 +297,7 @@ class _Trial:
             self._compute(ops, window, steps, tail)
             for ops in (numpy_operations(flushes=program.step.flushes), _Unfused())
         )
-        silent = ~np.any(_differ(fused, unfused, program.result, program.result), axis=0)
+        silent = ~np.any(differ_in(fused, unfused, program.result, program.result), axis=0)
         chosen = np.empty(tried, np.int64)
         for k in (
             0,
@@ -427,36 +343,39 @@ class _Unfused(NumpyOperations):
         return self.add(self.multiply(a, b), c)
 
 
-def _differ(
+def differ_in(
     a: NDArray[Any], b: NDArray[Any], a_format: Format, b_format: Format
 ) -> NDArray[np.bool_]:
+    """Mark patterns of two formats that are not of the same float32 bits; all NaNs are alike."""
     wide_a = floats.decode(a, a_format).view(np.uint32)
     wide_b = floats.decode(b, b_format).view(np.uint32)
     return floats.differ(wide_a, wide_b)
 
 
-def _trial_scalars(program: Program, steps: int) -> Scalars:
+def trial_scalars(step: Step, rule: Rule, steps: int) -> Scalars:
+    """Compute the scalars of a self-test: everyday hyperparameters, at step counts far apart."""
     given = Hyperparameters(
         learning_rate=np.full(steps, 1e-3),
-        beta1=0.3 if program.step.interpolation == "end" else 0.9,
+        beta1=0.3 if step.interpolation == "end" else 0.9,
         beta2=0.999,
-        epsilon=1e-4 if program.step.storage is FLOAT16 else 1e-8,  # float16 would make it 0
+        epsilon=1e-4 if step.storage is FLOAT16 else 1e-8,  # float16 would make it 0
         weight_decay=0.01,
     )
-    return scalars_of(program.step, program.rule, given, [1 + 37 * k for k in range(steps)])
+    return scalars_of(step, rule, given, [1 + 37 * k for k in range(steps)])
 
 
-def _no_subnormals(scalars: Scalars) -> bool:
+def no_subnormals(scalars: Scalars) -> bool:
     """Tell whether a device that takes subnormal numbers for zero sees all scalars as they are."""
     sizes = [np.abs(value) for value in scalars.values() if value.dtype == np.float32]
     return all(np.all((size == 0) | (size >= np.float32(2.0**-126))) for size in sizes)
 
 
-def _widened(scalars: Scalars) -> dict[str, NDArray[np.float64]]:
+def widened(scalars: Scalars) -> dict[str, NDArray[np.float64]]:
+    """Turn scalars into the values that the float64 formulation takes."""
     return {name: value.astype(np.float64) for name, value in scalars.items()}
 
 
-def _hard_patterns(
+def hard_patterns(
     rng: np.random.Generator,
     name: str,
     fmt: Format,
@@ -528,58 +447,5 @@ def _results_program(program: Program, formulation: Formulation, device: Device)
         values = program.values(ops, window, next(iter(scalars.values())).shape[0], tail)
         del values["tail"]
         return jax.vmap(one_step)(scalars, values)
-
-    return compile_exactly(whole, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _free_run_program(
-    step: Step,
-    hidden: tuple[str, ...],
-    known: tuple[tuple[str, Format], ...],
-    grad: Format,
-    formulation: Formulation,
-    device: Device,
-) -> Callable:
-    """Run the hidden tensors through a window, each step fed with the one before.
-
-    Returns the patterns of each, and whether in float32 a subnormal number was met.
-    """
-
-    def whole(
-        zero: Any, scalars: Any, window: Any, tail: Any, state: Any
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        ops = operations_of(formulation, zero, flushes=step.flushes)
-        rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
-        before = {name: values[:-1] for name, values in rows.items()}
-        after = {name: values[1:] for name, values in rows.items()}
-        before["grad"] = ops.decode(window["grad"], grad)
-
-        def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
-            s, x, recorded = timestep
-            ops = operations_of(formulation, zero, flushes=step.flushes)
-            x = x | dict(zip(hidden, carried, strict=True)) | {"tail": tail}
-            found = step.advance(ops, s, x, recorded)
-            new = tuple(found[name] for name in hidden)
-            patterns = tuple(
-                ops.encode(value, step.format_of(name))
-                for name, value in zip(hidden, new, strict=True)
-            )
-            if not isinstance(ops, Float32Operations):
-                return new, (patterns, False)
-            for name, value in (*x.items(), *recorded.items(), *found.items()):
-                if name != "tail":
-                    ops.watch(value)
-            return new, (patterns, jnp.any(ops.strays))
-
-        start = tuple(
-            ops.decode(patterns, step.format_of(name))
-            for name, patterns in zip(hidden, state, strict=True)
-        )
-        _, (run, strays) = jax.lax.scan(one_step, start, (scalars, before, after))
-        whole_run = tuple(
-            jnp.concatenate([first[None], rest]) for first, rest in zip(state, run, strict=True)
-        )
-        return whole_run, jnp.any(strays)
 
     return compile_exactly(whole, device)

@@ -184,7 +184,7 @@ FREE_RUN_VARIABLES = {
 
 
 #: Variables that only some audits have.
-_OPTIONAL = {"loss", *(name for name in VARIABLES if name.startswith("round"))}
+OPTIONAL = {"loss", *(name for name in VARIABLES if name.startswith("round"))}
 
 
 def label(
@@ -298,7 +298,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
         ValueError: the file lacks a variable of the table.
     """
     dataset = xr.load_dataset(path, engine="netcdf4")
-    missing = [name for name in VARIABLES if name not in dataset and name not in _OPTIONAL]
+    missing = [name for name in VARIABLES if name not in dataset and name not in OPTIONAL]
     if missing:
         raise ValueError(f"{path}: not the dataset of an audit; it lacks {', '.join(missing)}.")
     return dataset

@@ -19,10 +19,11 @@ from jaxaudit.arithmetics import (
 from jaxaudit.comparison import Comparison
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
+from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import Formulation, numpy_operations
 from jaxaudit.recording import Recording, Window
-from jaxaudit.replay import FreeRun, Program, Recorded, Replayer
+from jaxaudit.replay import Program, Recorded, Replayer
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import STAGES, Scalars, Stage, Step
 

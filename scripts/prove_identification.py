@@ -6,8 +6,8 @@
 For every way of taking a step that the table of makers holds (`torch_runs.MAKERS`), and every format of weights,
 so many runs are made as in `prove_arithmetics.py` and written as recordings without any metadata: neither the
 implementation, nor the kind of weight decay, amsgrad, maximize, threads, nor the step count is known. By turns
-these hold everything; the learning rates as float32 only; neither moments nor step count but the run's very
-start. Where weights of more bits were kept than recorded, what was recorded is all of their start as well. The
+these hold everything; the learning rates as float32 only; a run's very start without its moments (without
+the first one, where the second was kept in another format than the weights, which its bits alone tell). Where weights of more bits were kept than recorded, what was recorded is all of their start as well. The
 names that fit must contain that of the arithmetic which made the run.
 
 Then the same runs with usual numbers are spoilt, each in its own way (`SPOILT`), and nothing may fit.
@@ -156,7 +156,9 @@ def named(
     run = maker.make(setting)
     arrays = arrays_of(run, rates=np.dtype(np.float32 if way == 1 else np.float64))
     if way == 2:
-        for key in ("momentum_W", "variance_W", "max_variance_W"):
+        # Which format the second moment had, its own bits alone can tell.
+        tells = run.formats["exp_avg_sq"] is not run.formats["exp_avg"]
+        for key in ("momentum_W",) if tells else ("momentum_W", "variance_W", "max_variance_W"):
             arrays.pop(key, None)
     names = fitting(path, arrays)
     if arithmetic.name not in names:
@@ -263,16 +265,17 @@ def random_bits(arrays: Arrays, fmt: Format, rng: np.random.Generator) -> Arrays
 
 
 def descent(arrays: Arrays, fmt: Format, rng: np.random.Generator) -> Arrays:
-    """Take the steps of stochastic gradient descent over the same gradients; it has no moments."""
+    """Take the steps of stochastic gradient descent with momentum over the same gradients."""
     weights, gradients = (
-        decode(arrays[key].view(fmt.pattern_dtype), fmt) for key in ("W", "grad_W")
+        decode(arrays[key].view(fmt.pattern_dtype), fmt).copy() for key in ("W", "grad_W")
     )
-    rate = np.float32(arrays["learning_rate"][0])
-    weights = weights.copy()
+    rate, momentum = np.float32(arrays["learning_rate"][0]), np.zeros_like(weights)
     for t in range(1, len(weights)):
-        weights[t] = round_to(weights[t - 1] - rate * gradients[t], fmt)
-    kept = {k: v for k, v in arrays.items() if k not in ("momentum_W", "variance_W")}
-    return kept | {"W": encode(weights, fmt).view(fmt.value_dtype)}
+        momentum[t] = round_to(np.float32(0.9) * momentum[t - 1] + gradients[t], fmt)
+        weights[t] = round_to(weights[t - 1] - rate * momentum[t], fmt)
+    found = {"W": weights, "momentum_W": momentum}
+    kept = {key: values for key, values in arrays.items() if key != "variance_W"}
+    return kept | {key: encode(values, fmt).view(fmt.value_dtype) for key, values in found.items()}
 
 
 #: Ways to make of a run one that no Adam can have made.
@@ -281,7 +284,7 @@ SPOILT: dict[str, Callable[[Arrays, Format, np.random.Generator], Arrays]] = {
     "gradients shuffled": shuffled("grad_W"),
     "learning rate of 1.01 times": other_rate(1.01),
     "learning rate of 2 times": other_rate(2),
-    "stochastic gradient descent": descent,
+    "gradient descent with momentum": descent,
     "random bits": random_bits,
 }
 

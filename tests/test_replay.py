@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxaudit import operations, replay
+from jaxaudit import free_running, operations, replay
 from jaxaudit.arithmetics import CATALOGUE, VARIANTS, Options, make_step
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode, is_nan
+from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import NumpyOperations
-from jaxaudit.replay import DIFFERS, OWN_PARAM, STRAY, FreeRun, Replayer, SelfTestError
+from jaxaudit.replay import DIFFERS, OWN_PARAM, STRAY, Replayer, SelfTestError
 from jaxaudit.scalars import scalars_of
 from jaxaudit.steps import STAGES
 
@@ -34,7 +35,7 @@ def fresh_programs():
     caches = (
         replay._flags_program,
         replay._results_program,
-        replay._free_run_program,
+        free_running._free_run_program,
         replay.inexact_operations,
     )
     for cache in caches:
@@ -613,7 +614,7 @@ def test_a_free_run_on_a_device_that_cannot_is_refused(monkeypatch):
     formats = case.formats(step)
     del formats["max_exp_avg_sq"]
     replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
-    with pytest.raises(SelfTestError, match="max_exp_avg_sq of torch-cpu-loop in float64"):
+    with pytest.raises(SelfTestError, match="free run of torch-cpu-loop in float64: max_exp_avg_sq"):
         FreeRun(replayer, step, case.arithmetic.rule, case.name, ("max_exp_avg_sq",))
 
 

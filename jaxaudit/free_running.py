@@ -1,0 +1,247 @@
+"""Tensors of the state that no recording holds, run freely: from their start, step after step, over the gradients."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit import floats
+from jaxaudit.conformance import inexact_operations
+from jaxaudit.devices import Device
+from jaxaudit.floats import Format
+from jaxaudit.operations import (
+    Float32Operations,
+    Formulation,
+    compile_exactly,
+    narrow_patterns,
+    numpy_operations,
+    operations_of,
+    widen_patterns,
+)
+from jaxaudit.replay import (
+    TRIED,
+    Recorded,
+    Replayer,
+    SelfTestError,
+    differ_in,
+    hard_patterns,
+    no_subnormals,
+    trial_scalars,
+    widened,
+)
+from jaxaudit.scalars import Rule
+from jaxaudit.steps import Scalars, Step
+
+
+class FreeRun:
+    """One run through the windows of a recording.
+
+    What the recording does hold is taken from it, before and after each timestep. As a stage's program, the run
+    comes in float32 and in float64, and each is tried on hard inputs before it is used.
+
+    Args:
+        replayer: of the recording.
+        step: under which arithmetic.
+        rule: how its scalars are computed.
+        name: of the arithmetic, for people.
+        hidden: which tensors are run freely; all others must have been recorded.
+
+    Raises:
+        SelfTestError: the float64 formulation is not exact on this device.
+    """
+
+    def __init__(
+        self, replayer: Replayer, step: Step, rule: Rule, name: str, hidden: tuple[str, ...]
+    ):
+        self.step, self.hidden = step, hidden
+        self._formats = replayer.formats
+        self._state: tuple[Any, ...] | None = None
+        self._known = {x: self._formats[x] for x in step.state if x not in hidden}
+        verdicts: dict[Formulation, str] = {
+            formulation: _verdict(self, replayer, rule, formulation)
+            for formulation in ("float64", "float32")
+        }
+        for formulation, verdict in verdicts.items():
+            replayer.note(f"{name} run freely in {formulation}", verdict)
+        if verdicts["float64"]:
+            device = replayer.device
+            inexact = inexact_operations(device, "float64")
+            raise SelfTestError(
+                f"self-test failed on {device.platform} ({device.device_kind}): a free run of {name} in "
+                f"float64: {verdicts['float64']}. Inexact here: {', '.join(inexact) or 'no single operation'}. "
+                "Use another backend, for example --backend cpu."
+            )
+        self._fast = not verdicts["float32"]
+        self._device = replayer.device
+
+    def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
+        """Run through a window.
+
+        Args:
+            scalars: those of the window's steps.
+            window: recorded patterns.
+            tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
+            steps: how many of the window's steps are valid.
+
+        Returns:
+            Patterns of each hidden tensor, (steps + 1, elements), in the step's own format.
+        """
+        if self._state is None:
+            self._state = tuple(self._start(name, window) for name in self.hidden)
+        arrays = {name: window[name] for name in sorted({"grad", *self._known})}
+        run = self._run(scalars, arrays, tail)
+        # The window may lie in memory that the reader fills anew as soon as this returns.
+        jax.block_until_ready(run)
+        self._state = tuple(each[steps] for each in run)
+        return dict(zip(self.hidden, run, strict=True))
+
+    def program(self, formulation: Formulation, device: Device) -> Callable:
+        """Return the compiled run of one window."""
+        known = tuple(self._known.items())
+        grad = self._formats["grad"]
+        return _free_run_program(self.step, self.hidden, known, grad, formulation, device)
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Formats of what a window must hold."""
+        return self._known | {"grad": self._formats["grad"]}
+
+    def _run(self, scalars: Scalars, arrays: Recorded, tail: Any) -> tuple[Any, ...]:
+        """Run in float32 where no subnormal number is met, else in float64."""
+        if self._fast and no_subnormals(scalars):
+            program = self.program("float32", self._device)
+            found, strays = program(np.uint32(0), scalars, arrays, tail, self._state)
+            if not np.asarray(strays).any():
+                return found
+        program = self.program("float64", self._device)
+        return program(np.uint32(0), widened(scalars), arrays, tail, self._state)[0]
+
+    def _start(self, name: str, window: Recorded) -> Any:
+        """Return the first state: the recorded one where there is one, else zeros."""
+        fmt = self.step.format_of(name)
+        if name not in window:
+            return jnp.zeros(window["grad"].shape[1], fmt.pattern_dtype)
+        wide = widen_patterns(jnp.asarray(window[name][0]), self._formats[name])
+        return narrow_patterns(wide, fmt)
+
+
+def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulation) -> str:
+    """Try the compiled run on hard inputs in its own shapes; return "" or what came out wrong."""
+    step, (steps, elements) = run.step, replayer.shape
+    tried, rng = min(TRIED, elements), np.random.default_rng(21)
+    scalars, size = trial_scalars(step, rule, steps), rng.integers(-26, -4, tried)
+    window, state = {}, {}
+    for name, fmt in run.formats.items():
+        rows = steps + (name != "grad")
+        window[name] = np.zeros((rows, elements), fmt.pattern_dtype)
+        window[name][:, :tried] = hard_patterns(rng, name, fmt, rows, size, formulation)
+    for name in run.hidden:
+        fmt = step.format_of(name)
+        state[name] = np.zeros(elements, fmt.pattern_dtype)
+        state[name][:tried] = hard_patterns(rng, name, fmt, 1, size, formulation)[0]
+    tail = (np.arange(elements) % 2 == 0).astype(np.uint8)
+    given = scalars if formulation == "float32" else widened(scalars)
+    try:
+        program = run.program(formulation, replayer.device)
+        found, strays = program(np.uint32(0), given, window, tail, tuple(state.values()))
+        strays = np.asarray(strays)[:tried]
+    except Exception as error:  # a device without float64, say, fails to compile
+        return f"it does not run ({str(error).splitlines()[0][:200]})"
+    if formulation == "float32" and strays.mean() > 0.5:
+        return "it takes ordinary numbers for subnormal ones"
+    cut = {name: values[:, :tried] for name, values in window.items()}
+    started = {name: values[:tried] for name, values in state.items()}
+    expected = _expected(run, scalars, cut, started, tail[:tried])
+    for name, patterns in zip(run.hidden, found, strict=True):
+        fmt = step.format_of(name)
+        wrong = differ_in(np.asarray(patterns)[1:, :tried], expected[name], fmt, fmt) & ~strays
+        if wrong.any():
+            t, k = np.argwhere(wrong)[0]
+            got = np.asarray(patterns)[t + 1, k]
+            return (
+                f"{name} of step {t + 1} came out as {got:#x}, expected {expected[name][t, k]:#x}"
+            )
+    return ""
+
+
+def _expected(
+    run: FreeRun,
+    scalars: Scalars,
+    window: Mapping[str, NDArray[Any]],
+    state: Mapping[str, NDArray[Any]],
+    tail: NDArray[np.uint8],
+) -> dict[str, NDArray[Any]]:
+    """Run in NumPy; patterns of each hidden tensor after each step."""
+    step, formats = run.step, run.formats
+    ops = numpy_operations(flushes=step.flushes)
+    x = {name: floats.decode(patterns, step.format_of(name)) for name, patterns in state.items()}
+    decoded = {name: floats.decode(patterns, formats[name]) for name, patterns in window.items()}
+    found: dict[str, list[NDArray[Any]]] = {name: [] for name in run.hidden}
+    for k in range(len(window["grad"])):
+        before = {name: values[k] for name, values in decoded.items()}
+        after = {name: values[k + 1] for name, values in decoded.items() if name != "grad"}
+        at = {name: value[k] for name, value in scalars.items()}
+        with np.errstate(all="ignore"):
+            new = step.advance(ops, at, before | x | {"tail": tail}, after)
+        x = {name: new[name] for name in run.hidden}
+        for name in run.hidden:
+            found[name].append(floats.encode(x[name], step.format_of(name)))
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _free_run_program(
+    step: Step,
+    hidden: tuple[str, ...],
+    known: tuple[tuple[str, Format], ...],
+    grad: Format,
+    formulation: Formulation,
+    device: Device,
+) -> Callable:
+    """Run the hidden tensors through a window, each step fed with the one before.
+
+    Returns the patterns of each, and the elements at which float32 met a subnormal number.
+    """
+
+    def whole(
+        zero: Any, scalars: Any, window: Any, tail: Any, state: Any
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        ops = operations_of(formulation, zero, flushes=step.flushes)
+        rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
+        before = {name: values[:-1] for name, values in rows.items()}
+        after = {name: values[1:] for name, values in rows.items()}
+        before["grad"] = ops.decode(window["grad"], grad)
+
+        def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
+            (s, x, recorded), (values, strays) = timestep, carried
+            ops = operations_of(formulation, zero, flushes=step.flushes)
+            x = x | dict(zip(hidden, values, strict=True)) | {"tail": tail}
+            found = step.advance(ops, s, x, recorded)
+            new = tuple(found[name] for name in hidden)
+            patterns = tuple(
+                ops.encode(value, step.format_of(name))
+                for name, value in zip(hidden, new, strict=True)
+            )
+            if isinstance(ops, Float32Operations):
+                for name, value in (*x.items(), *recorded.items(), *found.items()):
+                    if name != "tail":
+                        ops.watch(value)
+                strays |= ops.strays
+            return (new, strays), patterns
+
+        start = tuple(
+            ops.decode(patterns, step.format_of(name))
+            for name, patterns in zip(hidden, state, strict=True)
+        )
+        none = jnp.zeros(window["grad"].shape[1], bool)
+        (_, strays), run = jax.lax.scan(one_step, (start, none), (scalars, before, after))
+        whole_run = tuple(
+            jnp.concatenate([first[None], rest]) for first, rest in zip(state, run, strict=True)
+        )
+        return whole_run, strays
+
+    return compile_exactly(whole, device)
