@@ -43,7 +43,8 @@ def accounting(dataset: xr.Dataset, arithmetic: str | None = None) -> Figure:
 def agreement(dataset: xr.Dataset) -> Figure:
     """Draw ratio and cosine of replayed against recorded change, every arithmetic, per token group."""
     groups = [str(group) for group in dataset.token_group.values]
-    names = [str(name) for name in dataset.arithmetic.values]
+    weights = dataset.mismatch_count.sel(stage="param", token_group="all")
+    lines = _together(weights)
     figure = Figure(figsize=(9.5, 2.4 * len(groups) + 1), layout="constrained")
     figure.suptitle("Replayed against recorded change: 1 is agreement")
     axes = figure.subplots(len(groups), 2, squeeze=False, sharex=True)
@@ -51,11 +52,11 @@ def agreement(dataset: xr.Dataset) -> Figure:
         part = dataset.sel(token_group=group)
         for axis, variable in zip(row, ("ratio", "cosine_similarity"), strict=True):
             # The first, the identified one, is drawn last, on top of the others.
-            for k in reversed(range(len(names))):
-                values = part[variable].sel(arithmetic=names[k])
+            for k, (label, a) in reversed([*enumerate(lines)]):
+                values = part[variable].isel(arithmetic=a)
                 colour, mark = _style(k)
                 width = 1.3 if k == 0 else 0.8
-                axis.plot(part.timestep, values, mark, color=colour, lw=width, label=names[k])
+                axis.plot(part.timestep, values, mark, color=colour, lw=width, label=label)
             axis.set_title(f"{group}: {variable.replace('_', ' ')}", fontsize=10, loc="left")
             axis.set_xlabel("timestep" if group == groups[-1] else "")
             _calm(axis)
@@ -71,8 +72,8 @@ def mismatches(dataset: xr.Dataset) -> Figure:
         len(stages), "Elements whose replayed bits differ from the recorded ones"
     )
     for stage, axis in zip(stages, axes, strict=True):
-        for k, name in enumerate(dataset.arithmetic.values):
-            part = whole.sel(stage=stage, arithmetic=name)
+        for k, (name, a) in enumerate(_together(whole.mismatch_count.sel(stage=stage))):
+            part = whole.sel(stage=stage).isel(arithmetic=a)
             if not int(part.audited):
                 label, share = f"{name}: not audited", np.full(part.sizes["timestep"], np.nan)
             else:
@@ -96,6 +97,19 @@ FIGURES = {
     "agreement.png": agreement,
     "mismatches.png": mismatches,
 }
+
+
+def _together(counts: xr.DataArray) -> list[tuple[str, int]]:
+    """Name the lines to draw, with the number of an arithmetic: those without a mismatch share one.
+
+    Args:
+        counts: mismatches (arithmetic, timestep); negative where nothing was audited.
+    """
+    names = [str(name) for name in counts.arithmetic.values]
+    exact = [a for a in range(len(names)) if not counts.isel(arithmetic=a).any()]
+    lines = [(names[a], a) for a in range(len(names)) if a not in exact[1:]]
+    shared = "\n".join(names[a] for a in exact)
+    return [(shared if a in exact else name, a) for name, a in lines]
 
 
 def _style(k: int) -> tuple[str, str]:

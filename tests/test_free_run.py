@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import runs  # noqa: E402  (needs torch)
 
 import jaxaudit  # noqa: E402
-from jaxaudit import results  # noqa: E402
+from jaxaudit import auditing, results  # noqa: E402
 from jaxaudit.arithmetics import CATALOGUE, Options  # noqa: E402
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode, ordered  # noqa: E402
 from jaxaudit.stochastic import LEAST_P_VALUE  # noqa: E402
@@ -46,7 +46,7 @@ def path(run, tmp_path_factory):
 
 def free_run(path, **how):
     with jaxaudit.open_recording(path) as recording:
-        return jaxaudit.free_run(recording, **({"backend": "cpu"} | how))
+        return auditing.free_run(recording, **({"backend": "cpu"} | how))
 
 
 def audit(path, **how):
@@ -142,7 +142,7 @@ def test_usual_assumption_by_hand(run, path):
 def test_parts_when_the_audit_says_so(path):
     names = ["torch-cuda-loop", "float32-then-bfloat16", "torch-cpu-fused"]
     with jaxaudit.open_recording(path) as recording:
-        audited, found = jaxaudit.audit_and_free_run(recording, arithmetics=names, backend="cpu")
+        audited, found = auditing.audit_and_free_run(recording, arithmetics=names, backend="cpu")
     for name in names:
         wrong = audited.mismatch_count.sel(arithmetic=name, token_group="all") > 0
         steps = {s: [*wrong.timestep.values[wrong.sel(stage=s).values]] for s in wrong.stage.values}
@@ -186,7 +186,7 @@ def test_weights_and_gradients_alone(fmt, tmp_path):
     path = tmp_path / "run.safetensors"
     runs.save(path, maker.make(given), drop=(*MOMENTS, "max_variance_W"))
     with jaxaudit.open_recording(path) as recording:
-        audited, found = jaxaudit.audit_and_free_run(
+        audited, found = auditing.audit_and_free_run(
             recording, arithmetics="torch-cpu-fused", backend="cpu", window_steps=3
         )
     assert audited.audited.values.tolist() == [[0, 0, 1]]
@@ -200,7 +200,7 @@ def test_copies_of_a_master(drop, window, tmp_path):
     maker, given = runs.MAKERS["fused on a master"], runs.setting(BFLOAT16, 300, 9)
     path = runs.save(tmp_path / "run.safetensors", maker.make(given), drop=drop)
     with jaxaudit.open_recording(path) as recording:
-        audited, found = jaxaudit.audit_and_free_run(
+        audited, found = auditing.audit_and_free_run(
             recording, arithmetics="float32-master", backend="cpu", window_steps=window
         )
     assert (audited.mismatch_count.sel(stage="param") == 0).all()

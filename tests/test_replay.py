@@ -614,7 +614,9 @@ def test_a_free_run_on_a_device_that_cannot_is_refused(monkeypatch):
     formats = case.formats(step)
     del formats["max_exp_avg_sq"]
     replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
-    with pytest.raises(SelfTestError, match="free run of torch-cpu-loop in float64: max_exp_avg_sq"):
+    with pytest.raises(
+        SelfTestError, match="free run of torch-cpu-loop in float64: max_exp_avg_sq"
+    ):
         FreeRun(replayer, step, case.arithmetic.rule, case.name, ("max_exp_avg_sq",))
 
 
