@@ -13,8 +13,10 @@ from typing import Any
 _HOME = {
     "Arithmetic": "arithmetics",
     "CATALOGUE": "arithmetics",
+    "VARIANTS": "arithmetics",
     "Options": "arithmetics",
     "audit": "auditing",
+    "free_run": "auditing",
     "identify": "identification",
     "BackendError": "devices",
     "FileError": "safetensors_file",

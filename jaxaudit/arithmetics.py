@@ -49,7 +49,7 @@ class Arithmetic:
         name: as on the command line and in the dataset.
         variant: what tells it from others of its name; "" for the usual one.
         summary: one line for people.
-        text: every rounding point in words, R() being the rounding to the storage format.
+        formula: every rounding point in words, R() being the rounding to the storage format.
         source: where that was read, and what it was compared with.
         gradient: formula of the gradient that the moments see.
         exp_avg: formula of the first moment.
@@ -82,7 +82,7 @@ class Arithmetic:
     name: str
     variant: str = ""
     summary: str
-    text: str
+    formula: str
     source: str
     gradient: Formula
     exp_avg: Formula
@@ -157,7 +157,7 @@ Scalars are computed in double and rounded to float32 once; operators compute in
 _TORCH_CPU_LOOP = Arithmetic(
     name="torch-cpu-loop",
     summary="torch.optim.Adam and AdamW on CPU, one operator at a time (foreach=False, the default there)",
-    text=_TORCH_CPU_TEXT.format(decay="(1 - lr*weight_decay)", beta2="beta2"),
+    formula=_TORCH_CPU_TEXT.format(decay="(1 - lr*weight_decay)", beta2="beta2"),
     source="torch/optim/adam.py `_single_tensor_adam`; ATen CPU kernels lerp, mul, addcmul, sqrt, div, add, "
     "addcdiv",
     confirmed="torch 2.13.0",
@@ -181,7 +181,7 @@ _TORCH_CPU_FOREACH = dataclasses.replace(
     _TORCH_CPU_LOOP,
     name="torch-cpu-foreach",
     summary="torch.optim.Adam and AdamW on CPU over lists of tensors (foreach=True)",
-    text=_TORCH_CPU_TEXT.format(decay="R(1 - lr*weight_decay)", beta2="R(beta2)"),
+    formula=_TORCH_CPU_TEXT.format(decay="R(1 - lr*weight_decay)", beta2="R(beta2)"),
     source="torch/optim/adam.py `_multi_tensor_adam`; its in-place multiplications round their scalars to the "
     "storage format",
     rule=scalars.storage_rounded(scalars.torch, "l2", "epsilon", "decay", "beta2"),
@@ -190,7 +190,7 @@ _TORCH_CPU_FOREACH = dataclasses.replace(
 _TORCH_CPU_FUSED = Arithmetic(
     name="torch-cpu-fused",
     summary="torch.optim.Adam and AdamW on CPU in one kernel (fused=True)",
-    text="""\
+    formula="""\
 AdamW: p = p * (1 - lr*weight_decay). Adam: g = fma(p, weight_decay, g).
 m = fma(1 - beta1, g - m, m);  v = fma((1 - beta2)*g, g, v*beta2), at the tensor's end fma(v, beta2, ((1 - beta2)*g)*g)
 d = sqrt(v)/sqrt(1 - beta2^t) + eps;  p = p + (-lr/(1 - beta1^t) * m) / d
@@ -215,7 +215,7 @@ d = R({root}) and p = R(fma(-lr/(1 - beta1^t), m/d, p))"""
 _TORCH_CUDA_LOOP = Arithmetic(
     name="torch-cuda-loop",
     summary="torch.optim.Adam and AdamW on CUDA, one operator at a time (foreach=False)",
-    text=_TORCH_CUDA_TEXT.format(root="d * (1/sqrt(1 - beta2^t))"),
+    formula=_TORCH_CUDA_TEXT.format(root="d * (1/sqrt(1 - beta2^t))"),
     source="torch/optim/adam.py `_single_tensor_adam`; ATen CUDA kernels, whose expressions were compiled and "
     "disassembled",
     gradient=formulas.gradient_cuda,
@@ -234,7 +234,7 @@ _TORCH_CUDA_FOREACH = dataclasses.replace(
     _TORCH_CUDA_LOOP,
     name="torch-cuda-foreach",
     summary="torch.optim.Adam and AdamW on CUDA over lists of tensors (the default there)",
-    text=_TORCH_CUDA_TEXT.format(root="d / sqrt(1 - beta2^t)"),
+    formula=_TORCH_CUDA_TEXT.format(root="d / sqrt(1 - beta2^t)"),
     source="torch/optim/adam.py `_multi_tensor_adam`; ATen CUDA foreach functors, compiled and disassembled",
     param=formulas.param_cuda,
 )
@@ -242,7 +242,7 @@ _TORCH_CUDA_FOREACH = dataclasses.replace(
 _TORCH_CUDA_FUSED = Arithmetic(
     name="torch-cuda-fused",
     summary="torch.optim.Adam and AdamW on CUDA in one kernel (fused=True), torch 2.11 and later",
-    text="""\
+    formula="""\
 Every hyperparameter is a float32. AdamW: p = fma(-(lr*weight_decay), p, p). Adam: g = fma(p, weight_decay, g).
 m = fma(beta1, m, fma(-beta1, g, g));  v = fma(beta2, v, fma(-beta2, g*g, g*g))
 d = sqrt(v)/sqrt(1 - beta2^t) + eps;  p = p - ((lr/(1 - beta1^t)) * m) / d
@@ -263,7 +263,7 @@ _TORCH_CUDA_FUSED_LEGACY = dataclasses.replace(
     _TORCH_CUDA_FUSED,
     name="torch-cuda-fused-legacy",
     summary="torch.optim.Adam and AdamW on CUDA in one kernel (fused=True), torch up to 2.10",
-    text="""\
+    formula="""\
 Expressions with hyperparameters are evaluated in double and rounded to float32 once:
 AdamW: p = p - (lr*weight_decay)*p. Adam: g = g + p*weight_decay.
 m = beta1*m + (1 - beta1)*g;  v = beta2*v + ((1 - beta2)*g)*g;  d = float32(sqrt(v)/sqrt(1 - beta2^t)) + eps
@@ -293,7 +293,7 @@ _TORCH_CAPTURABLE = dataclasses.replace(
     _TORCH_CUDA_LOOP,
     name="torch-capturable",
     summary="torch.optim.Adam and AdamW with capturable=True, whose step count is a float32 tensor",
-    text="""\
+    formula="""\
 As torch-cuda-loop up to the moments; 1 - beta^t and all that is made of it is float32, and on CUDA rounded to
 the storage format before it meets a tensor. With -s = -lr/(1 - beta1^t):
 one tensor at a time: d = R(R(sqrt(v)) / (sqrt(1 - beta2^t) * -s));  d = R(d + eps/-s);  p = R(p + m/d)
@@ -350,7 +350,7 @@ _CAPTURABLE_CPU = {
 _OPTIMI = Arithmetic(
     name="optimi-kahan",
     summary="optimi's Adam and AdamW on CPU with Kahan summation (its default for 16-bit weights)",
-    text="""\
+    formula="""\
 h1, h2 = (beta^t - beta)/(beta^t - 1) in double instead of bias corrections
 p = R(p * (1 - lr*weight_decay)) or g = R(g + R(weight_decay)*p), see `formulas.gradient_cpu`
 m = R(lerp(m, g, 1 - h1));  v = R(v * h2);  v = R(fma((1 - h2)*g, g, v));  d = R(R(sqrt(v)) + R(eps))
@@ -383,7 +383,7 @@ _DEBIASED = tuple(each["rule"] if each else _OPTIMI.rule for each in _OVER_LISTS
 _ANYPRECISION = Arithmetic(
     name="anyprecision",
     summary="torchdistx's AnyPrecisionAdamW",
-    text="""\
+    formula="""\
 p = R(p * (1 - lr*weight_decay));  m = fma(1 - beta1, g, m * beta1) in float32, or R(R(m * beta1) + R(1 - beta1)*g)
 v = R(v * beta2);  v = R(fma((1 - beta2)*g, g, v));  d = R(R(R(sqrt(v)) / sqrt(1 - beta2^t)) + R(eps))
 p = R(p + (-(1/(1 - beta1^t))*lr * m) / d), or with Kahan summation
@@ -416,7 +416,7 @@ _KAHAN_ANYPRECISION = {
 _TORCHAO = Arithmetic(
     name="torchao",
     summary="torchao's AdamW, compiled as it always is",
-    text="""\
+    formula="""\
 p = p - (lr*weight_decay)*p (decoupled, also for a decay of 0) or g = g + weight_decay*p (L2)
 m = m + (1 - beta1)*(g - m);  v = v + (1 - beta2)*(g*g - v)
 p = R(p - (lr * (m / (1 - beta1^t))) / (sqrt(v)/sqrt(1 - beta2^t) + eps))
@@ -446,7 +446,7 @@ _STOCHASTIC = dataclasses.replace(
     _TORCHAO,
     name="stochastic-rounding",
     summary="torchao's AdamW with bf16_stochastic_round: the weight is rounded up or down by chance",
-    text=_TORCHAO.text
+    formula=_TORCHAO.formula
     + """
 The new weight is one of the two bfloat16 neighbours of p, the one away from zero with a probability of
 (the low 16 bits of p) / 65536; so mismatches are weights that are neither.""",
@@ -458,7 +458,7 @@ The new weight is one of the two bfloat16 neighbours of p, the one away from zer
 _OPTAX = Arithmetic(
     name="optax",
     summary="optax.adam and optax.adamw on CPU, operator by operator",
-    text="""\
+    formula="""\
 Python numbers are rounded to the format of the array that they meet (bfloat16: beta2 of 0.999 becomes 1).
 L2: g = R(g + R(weight_decay*p)).  m = R(R((1 - beta1)*g) + R(beta1*m));  v = R(R((1 - beta2)*R(g*g)) + R(beta2*v))
 mh = R(m * (1/R(1 - beta1^t)));  vh = R(v * (1/R(1 - beta2^t)));  u = R(mh / R(R(sqrt(vh)) + eps))
@@ -510,7 +510,7 @@ p = {store}p - (lr * (m / (1 - beta1^t))) / (sqrt(v / (1 - beta2^t)) + eps){end}
 _FLOAT32_UPDATE = Arithmetic(
     name="float32",
     summary="textbook Adam in float32 from the recorded moments, the weight not rounded",
-    text=_TEXTBOOK_TEXT.format(store="", end=""),
+    formula=_TEXTBOOK_TEXT.format(store="", end=""),
     source="Kingma and Ba (2014), algorithm 1, evaluated in float32 from left to right",
     confirmed="the formula in PyTorch",
     gradient=formulas.gradient_cuda,
@@ -527,7 +527,7 @@ _FLOAT32_THEN_BFLOAT16 = dataclasses.replace(
     _FLOAT32_UPDATE,
     name="float32-then-bfloat16",
     summary="textbook Adam in float32 from the recorded moments, the weight rounded once at the end",
-    text=_TEXTBOOK_TEXT.format(store="R(", end=")"),
+    formula=_TEXTBOOK_TEXT.format(store="R(", end=")"),
     weight="storage",
 )
 
@@ -550,7 +550,7 @@ def _masters() -> tuple[Arithmetic, ...]:
                 name="float32-master",
                 variant=base.label if found else "",
                 summary="float32 weights and moments, of whose weights the recording holds a rounded copy",
-                text=f"{base.name} in float32 throughout; the recorded weight is R(p).",
+                formula=f"{base.name} in float32 throughout; the recorded weight is R(p).",
                 source=base.source,
                 moments="float32",
                 weight="master",

@@ -265,7 +265,7 @@ def _provenance(
         "arithmetics": _json(
             {
                 c.arithmetic.name: {
-                    "formula": c.arithmetic.text,
+                    "formula": c.arithmetic.formula,
                     "source": c.arithmetic.source,
                     "confirmed": c.arithmetic.confirmed or "not yet confirmed on hardware",
                     "variant": c.arithmetic.variant,
