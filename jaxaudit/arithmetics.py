@@ -438,8 +438,12 @@ All in float32 and nothing fused; m and v are rounded when they are stored, and 
 
 _EAGER_TORCHAO = {
     "": {},
-    "not compiled": {"fuses": True},
-    "not compiled, square root of MKL on AMD": {"fuses": True, "square_root": "mkl-amd"},
+    "not compiled": {"fuses": True, "tail": "chunks"},
+    "not compiled, square root of MKL on AMD": {
+        "fuses": True,
+        "tail": "chunks",
+        "square_root": "mkl-amd",
+    },
 }
 
 _STOCHASTIC = dataclasses.replace(
@@ -489,7 +493,7 @@ _OPTAX_FORMS = {
     "compiled": _OPTAX_COMPILED,
     "compiled, epsilon of zero": {
         "param": formulas.param_optax_without_epsilon,
-        "storages": (BFLOAT16, FLOAT16),
+        "storages": (FLOAT16,),
     },
     # A moment narrower than the weights feeds the update before it is rounded.
     "first moment in bfloat16": {"reads_stored": False, "storages": (FLOAT16, FLOAT32)},
@@ -677,7 +681,7 @@ def tail_elements(
     if arithmetic.tail == "tensor":
         lanes = 256 // storage.width  # the kernel has an AVX2 form only
         return (elements >= parameter_size - parameter_size % lanes).astype(np.uint8)
-    block = 16 if storage is FLOAT32 else 32
+    block = 16 if storage is FLOAT32 or arithmetic.operators == "float32" else 32
     return chunk_tails(elements, parameter_size, threads, block)
 
 

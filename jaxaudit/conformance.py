@@ -89,9 +89,9 @@ def _hard_patterns(formulation: Formulation) -> list[NDArray[np.uint32]]:
     rng = np.random.default_rng(3)
     shape = (3, _TRIED)
     significand = rng.integers(0, 1 << 23, shape) & rng.choice(
-        [0x7FFFFF, 0x7F0000, 0x7F8000, 0], shape
+        [0x7FFFFF, 0x7F0000, 0x7FE000, 0], shape
     )
-    significand |= rng.choice([0, 0, 1, 0x7FFF, 0x8000, 0x8001], shape)
+    significand |= rng.choice([0, 0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001], shape)
     exponent = 127 + rng.integers(-30, 31, _TRIED) + rng.integers(-3, 4, shape)
     patterns = (rng.integers(0, 2, shape) << 31 | exponent << 23 | significand).astype(np.uint32)
     if formulation == "float64":

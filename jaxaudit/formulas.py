@@ -355,8 +355,14 @@ def exp_avg_sq_torchao(k: Kernel) -> Value:
 
 def _lerp_torchao(k: Kernel, name: str, old: Value, new: Value) -> Value:
     weight = k.s[f"{name}_weight" if k.step.fuses else f"{name}_weight_of_double"]
-    start = k.ops.where(k.s[f"{name}_from_end"] != 0, new, old)
-    return k.fused(weight, k.ops.subtract(new, old), start, f"the interpolation of {name}")
+    at_end, change = k.s[f"{name}_from_end"] != 0, k.ops.subtract(new, old)
+    start, where = k.ops.where(at_end, new, old), f"the interpolation of {name}"
+    vector = k.fused(weight, change, start, where)
+    if not k.step.fuses or name != "exp_avg":
+        return vector
+    # ATen's scalar loop, as in `exp_avg_lerp`; a square is never -0.
+    scalar = k.fused(k.s["exp_avg_rest"], k.ops.negate(change), new, where)
+    return k.ops.where(k.tail() & at_end, scalar, vector)
 
 
 def param_torchao(k: Kernel) -> Value:

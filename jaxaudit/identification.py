@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,9 @@ _ELEMENTS, _MORE_ELEMENTS = 1 << 12, 1 << 16
 #: Timesteps of the probe from the start, for what was not recorded.
 _RUN = 24
 
+#: Elements that are computed in a longer one at most, and elements that are read for it.
+_RUN_ELEMENTS, _RUN_READ = 24 << 13, 1 << 26
+
 #: Largest step count that is tried for a resumed run, and elements that it is sought with.
 _COUNTS, _SOUGHT = 200_000, 1 << 12
 
@@ -53,7 +56,7 @@ _COUNTS, _SOUGHT = 200_000, 1 << 12
 _VARIANTS_KEPT = 4
 
 #: How often recorded values are combined anew to find an element that tells two candidates apart.
-_COMBINED = 8
+_COMBINED, _LEAST_COMBINED = 8, 1 << 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,12 @@ class Identifier:
         """
         found = [f for name in _conceivable(self._recording) for f in self.best(name)]
         if not any(finding.fits for finding in found):
-            found = [self._repaired(finding) for finding in found]
+            found = self.repair(found)
         return self.sort(found)
+
+    def repair(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Look for hyperparameters other than the stored ones under which a name fits."""
+        return [self._repaired(finding) for finding in findings]
 
     def sort(self, findings: Sequence[Finding]) -> list[Finding]:
         """Put those that fit first, what the metadata claim before others, then by the share of mismatches."""
@@ -192,10 +199,13 @@ class Identifier:
         free = bool(self._bench.hidden(candidate))
         key = (free, elements)
         if key not in self._probes:
-            last = min(_RUN, self._recording.steps)
+            steps, each = self._recording.steps, self._recording.step_elements
+            # What is wrong early is out; what is not, may be wrong later only, where counts are stuck, say.
+            most = _RUN if elements == _ELEMENTS else max(_RUN, _RUN_READ // each)
+            last = min(most, steps)
             timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench)
             # A run takes as many times longer as it has timesteps.
-            count = min(elements, 1 << 13) if free else elements
+            count = min(elements, max(64, _RUN_ELEMENTS // last)) if free else elements
             self._probes[key] = probe(self._bench, timesteps, count)
         return self._probes[key]
 
@@ -341,6 +351,9 @@ def identify(
             )
         if confirm:
             ranked = _confirmed(bench, ranked)
+            if not any(f.fits for f in ranked):
+                # What fits a few elements only may be right but for a hyperparameter.
+                ranked = _confirmed(bench, identifier.repair(_unique(identifier.sort(ranked))))
         ranked = _unique(identifier.sort(ranked))
         return _label(identifier, ranked, recording.hyperparameters, confirm)
 
@@ -495,7 +508,8 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
     low, high, counts = 1, _COUNTS, np.unique(np.geomspace(1, _COUNTS, 64).astype(np.int64))
     for _ in range(6):
         with np.errstate(all="ignore"):
-            distance = np.nansum(np.abs(replayed(counts).astype(np.float64) - wanted), axis=1)
+            apart = np.abs(replayed(counts).astype(np.float64) - wanted)
+        distance = np.nan_to_num(apart, nan=0, posinf=1e38).sum(axis=1)
         best = np.flatnonzero(distance == distance.min())
         low, high = counts[max(best[0] - 1, 0)], counts[min(best[-1] + 1, counts.size - 1)]
         if high - low < 64:
@@ -512,9 +526,15 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
     differ = np.ones(len(order), bool)
     for nudge in candidate.arithmetic.nudges(candidate.given):
         if nudge == Nudge(rate=nudge.rate):  # powers are near enough
-            found = replayed(np.array(order, np.int64), nudge)
-            differ &= floats.differ(found.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
-    return [c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong][:32]
+            got = replayed(np.array(order, np.int64), nudge)
+            differ &= floats.differ(got.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
+    # Of counts with the same scalars at every timestep, the roundest stands for all.
+    found: dict[bytes, int] = {}
+    for first in (c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong):
+        given = dataclasses.replace(candidate.given, count=StepCount(first=first))
+        scalars = probe.scalars(dataclasses.replace(candidate, given=given))
+        found.setdefault(b"".join(scalars[name].tobytes() for name in sorted(scalars)), first)
+    return list(found.values())[:32]
 
 
 def _roundness(before: int) -> tuple[int, int]:
@@ -532,25 +552,42 @@ def _separating(
     rng = np.random.default_rng(5)
     x, y = probe.inputs(a, stage), probe.inputs(b, stage)
     one, other = bench.step(a), bench.step(b)
-    reads = one.reads(stage)
-    for _ in range(_COMBINED):
+    reads, count = one.reads(stage), max(_LEAST_COMBINED, probe.positions.size)
+
+    def moved(
+        name: str,
+        values: NDArray[Any],
+        order: Mapping[str, NDArray[np.int64]],
+        factors: Mapping[str, NDArray[np.float64]],
+    ) -> NDArray[np.float32]:
+        tensor = name.removeprefix("new_")
+        fmt = bench.recording.formats["grad"] if tensor == "grad" else one.format_of(tensor)
+        with np.errstate(all="ignore"):
+            found = values[:, order[name]] * factors[name].astype(np.float32)
+        return floats.round_to(found, fmt)
+
+    for k in range(_COMBINED):
         # Recorded values in new combinations: what another element, or another run, could have held.
         order = {
-            name: rng.integers(0, probe.positions.size, max(_ELEMENTS, probe.positions.size))
+            name: rng.integers(0, probe.positions.size, count)
             for name in sorted({*reads, *other.reads(stage)})
         }
-        mixed = {name: x[name][:, order[name]] for name in order if name in x}
-        also = {name: y[name][:, order[name]] for name in order if name in y}
-        tails = {"tail": np.uint8(0)}
+        # Then their neighbourhood too: few values have few combinations.
+        factors = {name: rng.uniform(0.5, 2, count) if k else np.ones(count) for name in order}
+        mixed, also = (
+            {name: moved(name, values[name], order, factors) for name in order if name in values}
+            for values in (x, y)
+        )
+        tails = {"tail": np.zeros(count, np.uint8)}
         found = probe.replay(one, stage, probe.scalars(a), mixed | tails)
         wanted = probe.replay(other, stage, probe.scalars(b), also | tails)
         differ = (found != wanted) & ~(np.isnan(found) & np.isnan(wanted))
         if differ.any():
-            k, i = np.argwhere(differ)[0]
-            inputs = ", ".join(f"{name} {mixed[name][k, i]:.9g}" for name in reads)
+            t, i = np.argwhere(differ)[0]
+            inputs = ", ".join(f"{name} {mixed[name][t, i]:.9g}" for name in reads)
             return (
-                f"{stage} at timestep {probe.timesteps[k]} of an element with {inputs}: "
-                f"{found[k, i]:.9g} under {a.arithmetic.name}, {wanted[k, i]:.9g} under {b.arithmetic.name}"
+                f"{stage} at timestep {probe.timesteps[t]} of an element with {inputs}: "
+                f"{found[t, i]:.9g} under {a.arithmetic.name}, {wanted[t, i]:.9g} under {b.arithmetic.name}"
             )
     return None
 

@@ -365,7 +365,8 @@ def optimi(moment: Moment) -> dict[str, float]:
 
 
 def _debiased(beta: float, t: float) -> float:
-    return beta if math.isinf(t) else (beta**t - beta) / (beta**t - 1)
+    power = 0.0 if math.isinf(t) else beta**t
+    return math.nan if power == 1 else (power - beta) / (power - 1)
 
 
 def anyprecision(moment: Moment) -> dict[str, float]:

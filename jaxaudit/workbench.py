@@ -72,6 +72,7 @@ class Workbench:
         self._scalars: dict[Candidate, tuple[int, Scalars]] = {}
         self._steps: dict[Candidate, Step] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
+        self._ran: dict[object, tuple[int, dict[str, jax.Array]]] = {}
         self._seen: dict[Any, tuple[NDArray[np.uint8], Formulation]] = {}
         self._seen_in: tuple[int, tuple[int, int]] | None = None
         self._hopeless: dict[Candidate, int] = {}
@@ -138,15 +139,24 @@ class Workbench:
     def run(
         self, candidate: Candidate, hidden: tuple[str, ...], window: Window, arrays: Recorded
     ) -> dict[str, jax.Array]:
-        """Run tensors of the state freely through the next window; see `FreeRun.advance`."""
+        """Run tensors of the state freely through the next window; see `FreeRun.advance`.
+
+        Asked again for the same window, it returns the same arrays.
+        """
         key = (candidate, window.rows, hidden)
+        if key in self._ran and self._ran[key][0] == window.first:
+            return self._ran[key][1]
         if key not in self._runs:
             arithmetic = candidate.arithmetic
             self._runs[key] = FreeRun(
                 self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
             )
         scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
-        return self._runs[key].advance(scalars, arrays, tail, window.steps)
+        self._ran[key] = (
+            window.first,
+            self._runs[key].advance(scalars, arrays, tail, window.steps),
+        )
+        return self._ran[key][1]
 
     def scalars(self, candidate: Candidate, window: Window) -> Scalars:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""

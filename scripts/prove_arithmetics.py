@@ -10,6 +10,11 @@ subnormal numbers, zeros of both signs, infinities and NaNs; at step counts up t
 weight decay, amsgrad, maximize, constant and scheduled learning rates. Each step is replayed in NumPy from the
 run's own state before it, and every tensor of the new state is compared bit for bit, all NaNs being alike.
 
+Beside torch.optim, the packages that are installed of optax, torch-optimi and torchao are run, and our restatement of
+torchdistx's AnyPrecisionAdamW. What compiles anew for every size (optax, and torchao where it is compiled) is run in
+few sizes; a step that is compiled as a whole has numbers and options as constants, and few sets of these
+(`third_party_runs.PROGRAMS`). The output lists the sizes and counts the sets of numbers of every row.
+
 PyTorch picks its kernels when it is imported, so those without fused multiply-add are run in a second process
 (ATEN_CPU_CAPABILITY=default). The catalogue names no variant for some of them; these are not run.
 
@@ -36,13 +41,16 @@ from jaxaudit.arithmetics import Arithmetic
 from jaxaudit.floats import FORMATS, Format
 
 try:
+    import third_party_runs
     import torch
     import torch_runs
 except ImportError:
     sys.exit('prove_arithmetics.py: error: torch is missing; pip install "jaxaudit[torch]"')
 
 #: Tables of ways to take a step, by what they compare with. Another library is another entry.
-MAKERS: dict[str, dict[str, Maker]] = {torch_runs.AGAINST: torch_runs.MAKERS}
+MAKERS: dict[str, dict[str, Maker]] = {
+    torch_runs.AGAINST: torch_runs.MAKERS
+} | third_party_runs.MAKERS
 
 #: One run in so many is large.
 LARGE_EVERY = 40
@@ -95,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(list(rows(arguments))))
         return 0
     check_output(arguments)
+    for package in third_party_runs.MISSING:
+        notify(f"{package} is not installed: left out.")
     start = time.monotonic()
     found = list(rows(arguments))
     if torch_runs.fuses():
@@ -139,8 +149,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
                     facts = {"against": against, "made_by": name}
                     seeds = [arguments.seed, *f"{name}, {fmt.name}".encode()]
                     many = range(arguments.recordings)
-                    runs = (attempt(maker, arithmetic, fmt, n, seeds, large) for n in many)
-                    yield facts | row(arithmetic, fmt, list(runs))
+                    sizes = third_party_runs.SIZES.get(name, ())
+                    few = [size for size in sizes if size <= arguments.largest] or sizes[:1]
+                    if few:
+                        notify(f"    each size is compiled: only {', '.join(map(str, few))}")
+                    start = time.monotonic()
+                    runs = [attempt(maker, arithmetic, fmt, n, seeds, large, few) for n in many]
+                    seconds = {"seconds": round(time.monotonic() - start, 1)}
+                    yield facts | row(arithmetic, fmt, runs) | seconds
 
 
 def row(arithmetic: Arithmetic, fmt: Format, runs: Sequence[tuple[Setting, Comparison]]) -> Row:
@@ -155,6 +171,8 @@ def row(arithmetic: Arithmetic, fmt: Format, runs: Sequence[tuple[Setting, Compa
         "format": fmt.name,
         "recordings": len(runs),
         "timesteps": sum(setting.steps for setting, _ in runs),
+        "sizes": sizes_of([setting for setting, _ in runs]),
+        "sets_of_numbers": len({numbers_of(setting) for setting, _ in runs}),
         "recordings_with": {
             n: sum(has(setting) for setting, _ in runs) for n, has in OPTIONS.items()
         },
@@ -165,6 +183,21 @@ def row(arithmetic: Arithmetic, fmt: Format, runs: Sequence[tuple[Setting, Compa
     }
 
 
+def sizes_of(settings: Sequence[Setting]) -> dict[str, int] | str:
+    """Count the recordings of each size where they are few, and tell how far they go where they are many."""
+    counts = collections.Counter(setting.size for setting in settings)
+    if len(counts) > 10:
+        return f"{len(counts)} from {min(counts)} to {max(counts)}"
+    return {str(size): count for size, count in sorted(counts.items())}
+
+
+def numbers_of(setting: Setting) -> tuple[object, ...]:
+    """Return what a compiled step has as constants, but for a learning rate."""
+    given = setting.hyperparameters
+    numbers = (given.beta1, given.beta2, given.epsilon, given.weight_decay)
+    return *numbers, setting.options.decoupled, setting.options.amsgrad
+
+
 def attempt(
     maker: Maker,
     arithmetic: Arithmetic,
@@ -172,25 +205,27 @@ def attempt(
     number: int,
     seeds: Sequence[int],
     large: Sequence[int],
+    few: Sequence[int],
 ) -> tuple[Setting, Comparison]:
-    """Make one run, now and then a large one, and replay it."""
+    """Make one run, now and then a large one or of a few sizes in turn, and replay it."""
     turn, last = divmod(number + 1, LARGE_EVERY)
     size = large[(turn - 1) % len(large)] if large and last == 0 else None
+    size = few[number % len(few)] if few else size
     rng = np.random.default_rng([*seeds, number])
     setting = draw(rng, fmt, number, arithmetic, size=size)
     run = maker.make(setting)
-    return setting, compare(run, arithmetic)
+    return run.setting, compare(run, arithmetic)
 
 
 def table(found: Sequence[Row]) -> str:
     """Lay the counts out in columns."""
     lines = [
-        f"{'made by':<33}{'format':<10}{'runs':>6}{'elements':>12}{'different':>11}  replayed as"
+        f"{'made by':<45}{'format':<10}{'runs':>6}{'elements':>12}{'different':>11}  replayed as"
     ]
     for each in found:
         label = each["arithmetic"] + (f" ({each['variant']})" if each["variant"] else "")
         lines.append(
-            f"{each['made_by']:<33}{each['format']:<10}{each['recordings']:>6}{each['elements']:>12}"
+            f"{each['made_by']:<45}{each['format']:<10}{each['recordings']:>6}{each['elements']:>12}"
             f"{sum(each['different'].values()):>11}  {label}"
         )
     return "\n".join(lines)

@@ -6,9 +6,11 @@
 For every way of taking a step that the table of makers holds (`torch_runs.MAKERS`), and every format of weights,
 so many runs are made as in `prove_arithmetics.py` and written as recordings without any metadata: neither the
 implementation, nor the kind of weight decay, amsgrad, maximize, threads, nor the step count is known. By turns
-these hold everything; the learning rates as float32 only; a run's very start without its moments (without
-the first one, where the second was kept in another format than the weights, which its bits alone tell). Where weights of more bits were kept than recorded, what was recorded is all of their start as well. The
-names that fit must contain that of the arithmetic which made the run.
+these hold everything; the learning rates as float32 only; a run's very start without its moments (without the
+first one, where the second was kept in another format than the weights, which its bits alone tell). Where
+weights of more bits were kept than recorded, what was recorded is all of their start as well, and learning rates
+are known in full: what is run freely is run with these. The names that fit must contain that of the arithmetic
+which made the run.
 
 Then the same runs with usual numbers are spoilt, each in its own way (`SPOILT`), and nothing may fit.
 
@@ -122,7 +124,7 @@ def rows(arguments: argparse.Namespace, path: Path) -> Iterator[Row]:
                 spoilt = {kind: 0 for kind in SPOILT}
                 wrong = collections.Counter()
                 for n in many:
-                    kind = list(SPOILT)[n % len(SPOILT)]
+                    kind = list(SPOILT)[(n + sum(seeds)) % len(SPOILT)]  # another one in each row
                     spoilt[kind] += 1
                     wrong[kind] += bool(named_spoilt(maker, fmt, kind, [*seeds, n], path))
                 yield {
@@ -150,11 +152,11 @@ def named(
     """Make one run, record it in one of three ways, and name what fits."""
     size = LARGE if (number + 1) % LARGE_EVERY == 0 else None
     setting = draw(np.random.default_rng(seeds), fmt, number, arithmetic, size=size)
-    way = number % 3
-    if arithmetic.weight == "master" or way == 2:
-        setting = afresh(setting, rounded=arithmetic.weight == "master")
+    way, master = number % 3, arithmetic.weight == "master"
+    if master or way == 2:
+        setting = afresh(setting, rounded=master)
     run = maker.make(setting)
-    arrays = arrays_of(run, rates=np.dtype(np.float32 if way == 1 else np.float64))
+    arrays = arrays_of(run, rates=np.dtype(np.float32 if way == 1 and not master else np.float64))
     if way == 2:
         # Which format the second moment had, its own bits alone can tell.
         tells = run.formats["exp_avg_sq"] is not run.formats["exp_avg"]
@@ -199,7 +201,8 @@ def usual(rng: np.random.Generator, fmt: Format, size: int = 1500, steps: int = 
         epsilon=1e-8,
         weight_decay=float(rng.choice([0.0, 0.1])),
     )
-    values = dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), zero)
+    values: dict[str, NDArray[np.float32]] = {}
+    values |= dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), zero)
     values["param"] = round_to(rng.normal(0, 0.02, size).astype(np.float32), fmt)
     values["grad"] = rng.normal(0, 1e-2, (steps, size)).astype(np.float32)
     options = Options(decoupled=bool(rng.integers(2)))

@@ -20,7 +20,8 @@ from jaxaudit.recorders import write_tensors
 from jaxaudit.scalars import scalars_of
 from jaxaudit.steps import Step
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
 random_runs, torch_runs, prove = (
     importlib.import_module(name) for name in ("random_runs", "torch_runs", "prove_identification")
 )
@@ -160,3 +161,22 @@ def replay(run: Any, arithmetic: Arithmetic, step: Step) -> NDArray[np.float32]:
     with np.errstate(all="ignore"):
         ops = numpy_operations(flushes=step.flushes)
         return np.ascontiguousarray(step.replay("param", ops, columns, x), np.float32)
+
+
+def element(
+    arithmetic: Arithmetic,
+    step: Step,
+    stage: str,
+    given: Hyperparameters,
+    timestep: int,
+    x: Mapping[str, Any],
+) -> np.float32:
+    """Compute one element of a stage at a timestep."""
+    rates = given.learning_rate[timestep - 1 : timestep]
+    given = dataclasses.replace(given, learning_rate=rates)
+    scalars = scalars_of(step, arithmetic.rule, given, [timestep])
+    inputs = {name: np.full(1, value, np.float32) for name, value in x.items()}
+    with np.errstate(all="ignore"):
+        ops = numpy_operations(flushes=step.flushes)
+        found = step.replay_recorded(stage, ops, scalars, inputs | {"tail": np.zeros(1, np.uint8)})
+    return np.float32(np.asarray(found).ravel()[0])

@@ -14,13 +14,12 @@ import runs  # noqa: E402  (needs torch)
 import jaxaudit  # noqa: E402
 from jaxaudit import auditing, results  # noqa: E402
 from jaxaudit.arithmetics import CATALOGUE, Options  # noqa: E402
-from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode, ordered  # noqa: E402
-from jaxaudit.stochastic import LEAST_P_VALUE  # noqa: E402
+from jaxaudit.floats import BFLOAT16, FLOAT32, decode, encode, ordered  # noqa: E402
 
 STEPS, ROWS, WIDTH = 12, 20, 15
 DEAD = np.arange(ROWS) < 6
 MOMENTS = ("momentum_W", "variance_W")
-OTHERS = ["float32-then-bfloat16", "torch-cuda-fused", "torch-cuda-loop", "float32", "float32-master"]  # fmt: skip
+OTHERS = ["float32-then-bfloat16", "torch-cuda-fused", "torch-cpu-foreach", "float32", "float32-master"]  # fmt: skip
 
 
 def shaped(run):
@@ -46,12 +45,7 @@ def path(run, tmp_path_factory):
 
 def free_run(path, **how):
     with jaxaudit.open_recording(path) as recording:
-        return auditing.free_run(recording, **({"backend": "cpu"} | how))
-
-
-def audit(path, **how):
-    with jaxaudit.open_recording(path) as recording:
-        return jaxaudit.audit(recording, **({"backend": "cpu"} | how))
+        return jaxaudit.free_run(recording, **({"backend": "cpu"} | how))
 
 
 def own_weights(run, name, start=0):
@@ -139,29 +133,35 @@ def test_usual_assumption_by_hand(run, path):
     )
 
 
-def test_parts_when_the_audit_says_so(path):
-    names = ["torch-cuda-loop", "float32-then-bfloat16", "torch-cpu-fused"]
-    with jaxaudit.open_recording(path) as recording:
-        audited, found = auditing.audit_and_free_run(recording, arithmetics=names, backend="cpu")
-    for name in names:
-        wrong = audited.mismatch_count.sel(arithmetic=name, token_group="all") > 0
-        steps = {s: [*wrong.timestep.values[wrong.sel(stage=s).values]] for s in wrong.stage.values}
-        first = found.first_divergence.sel(arithmetic=name, token_group="all")
+def test_parts_when_the_audit_says_so(path, tmp_path):
+    name = "torch-cuda-loop"
+    given = runs.setting(BFLOAT16, 2000, STEPS, first=1, weight_decay=0.1)
+    # Its moments are those of the loop; only the weights differ.
+    run = runs.take(given, CATALOGUE["torch-capturable"])
+    alike = runs.save(tmp_path / "run.safetensors", run)
+    for file, names in ((alike, [name]), (path, ["torch-cpu-fused", "float32-then-bfloat16"])):
+        with jaxaudit.open_recording(file) as recording:
+            audited, found = auditing.audit_and_free_run(
+                recording, arithmetics=names, backend="cpu"
+            )
+        wrong = audited.mismatch_count.sel(token_group="all") > 0
+        earliest = found.timestep.where(wrong.any("stage")).min("timestep")
         # Moments that differ make a run part before the audit, which reads the recorded ones, sees it.
-        assert first >= min(times[0] for times in steps.values() if times)
-        if not steps["exp_avg"] and not steps["exp_avg_sq"]:
-            assert first == steps["param"][0]
-    xr.testing.assert_identical(free_run(path, arithmetics=names), found)
+        first = found.first_divergence.sel(token_group="all")
+        assert (first >= earliest).all()
+        if file is alike:
+            assert not wrong.sel(stage=["exp_avg", "exp_avg_sq"]).any()
+            assert (first == earliest).all() and earliest > 0
 
 
 def test_windows_do_not_matter(path):
-    names = ["torch-cpu-loop", "float32-then-bfloat16", "float32-master"]
+    names = ["torch-cpu-loop", "float32-then-bfloat16"]
     whole = free_run(path, arithmetics=names, window_steps=64)
     for steps in (1, 3):
         xr.testing.assert_identical(free_run(path, arithmetics=names, window_steps=steps), whole)
 
 
-@pytest.mark.parametrize("window", [1, 5, 64])
+@pytest.mark.parametrize("window", [1, 5])
 def test_run_that_starts_late_is_one_from_the_start(window, run, tmp_path):
     """Up to the altered weight every step is exact, so the run need not be taken until there."""
     change = shaped(run)
@@ -179,7 +179,7 @@ def test_run_that_starts_late_is_one_from_the_start(window, run, tmp_path):
     xr.testing.assert_identical(bare, found)
 
 
-@pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT32])
 def test_weights_and_gradients_alone(fmt, tmp_path):
     given = runs.setting(fmt, 200, 8, Options(decoupled=False, amsgrad=True), weight_decay=0.1)
     maker = runs.MAKERS["fused"]
@@ -194,8 +194,7 @@ def test_weights_and_gradients_alone(fmt, tmp_path):
     assert (found.first_divergence == 0).all() and (found.norm_divergence == 0).all()
 
 
-@pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("drop", [(), MOMENTS])
+@pytest.mark.parametrize(("drop", "window"), [((), 3), (MOMENTS, 2), (MOMENTS, 64)])
 def test_copies_of_a_master(drop, window, tmp_path):
     maker, given = runs.MAKERS["fused on a master"], runs.setting(BFLOAT16, 300, 9)
     path = runs.save(tmp_path / "run.safetensors", maker.make(given), drop=drop)
@@ -217,8 +216,7 @@ def test_range_of_steps_starts_from_the_recorded_state(run, path):
 def test_range_of_steps_of_what_is_not_recorded(run, path, tmp_path):
     """A later state is known only where all of it was recorded."""
     bare = runs.save(tmp_path / "bare.safetensors", run, drop=MOMENTS)
-    cases = [(bare, "torch-cpu-loop", "param"), (path, "float32-master", None)]
-    for file, name, _ in cases:
+    for file, name in ((bare, "torch-cpu-loop"), (path, "float32-master")):
         found = free_run(file, arithmetics=name, steps=(5, 10))
         assert (found.mismatch_count == -1).all() and (found.first_divergence == -1).all()
         assert (found.max_ulp_distance == -1).all() and found.norm_divergence.isnull().all()
@@ -232,7 +230,6 @@ def test_cannot_run_without_gradients_or_by_chance(run, path, tmp_path):
         found = free_run(file, arithmetics=name)
         assert (found.mismatch_count == -1).all() and (found.max_ulp_distance == -1).all()
         assert (found.first_divergence == -1).all() and found.norm_divergence.isnull().all()
-    assert LEAST_P_VALUE == 1e-9
 
 
 def test_resumed_run_starts_from_its_recorded_state(tmp_path):
