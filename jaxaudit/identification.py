@@ -203,7 +203,7 @@ class Identifier:
             # What is wrong early is out; what is not, may be wrong later only, where counts are stuck, say.
             most = _RUN if elements == _ELEMENTS else max(_RUN, _RUN_READ // each)
             last = min(most, steps)
-            timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench)
+            timesteps = tuple(range(1, last + 1)) if free else scattered(self._bench, elements)
             # A run takes as many times longer as it has timesteps.
             count = min(elements, max(64, _RUN_ELEMENTS // last)) if free else elements
             self._probes[key] = probe(self._bench, timesteps, count)

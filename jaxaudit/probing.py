@@ -27,6 +27,9 @@ _READ = 1 << 22
 #: Recordings of less timesteps than this are looked at in all of them.
 _SHORT = 16
 
+#: Values of each tensor in a thorough probe of a small parameter.
+_LARGEST = 1 << 18
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
@@ -268,15 +271,22 @@ def probe(bench: Workbench, timesteps: Sequence[int], count: int) -> Probe:
     )
 
 
-def scattered(bench: Workbench) -> tuple[int, ...]:
-    """Choose early, middle and late timesteps; all of a short recording.
+def scattered(bench: Workbench, elements: int) -> tuple[int, ...]:
+    """Choose early, middle and late timesteps; all of a short recording, and more where these are small.
 
     The first ones tell most about the bias corrections.
+
+    Args:
+        bench: of the recording.
+        elements: how many are to be looked at in each timestep.
     """
     first, last = bench.steps[0], bench.steps[1] - 1
     if last - first < _SHORT:
         return tuple(range(first, last + 1))
-    return (first, first + 1, first + 2, first + 9, (first + last) // 2, last - 1, last)
+    found = {first, first + 1, first + 2, first + 9, (first + last) // 2, last - 1, last}
+    count = _LARGEST // bench.recording.step_elements if elements > _LARGEST // _SHORT else 0
+    found |= {*np.linspace(first, last, min(count, last - first + 1)).astype(int).tolist()}
+    return tuple(sorted(found))
 
 
 def _spans(recording: Recording) -> list[tuple[int, int]]:
