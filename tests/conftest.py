@@ -4,3 +4,24 @@ import os
 
 # The suite runs on all cores at once; threads of torch that spin while they wait would fight over them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+
+from jaxaudit import conformance, free_running, replay
+
+_CACHES = (
+    replay._flags_program,
+    replay._results_program,
+    free_running._free_run_program,
+    conformance.inexact_operations,
+)
+
+
+@pytest.fixture
+def fresh_programs():
+    """Compile anew, and forget afterwards what was compiled from tampered operations."""
+    for cache in _CACHES:
+        cache.cache_clear()
+    yield
+    for cache in _CACHES:
+        cache.cache_clear()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxaudit import free_running, operations, replay
+from jaxaudit import operations, replay
 from jaxaudit.arithmetics import CATALOGUE, VARIANTS, Options, make_step
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode, is_nan
 from jaxaudit.free_running import FreeRun
@@ -27,22 +27,6 @@ MKL = "square root of MKL on AMD"
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def fresh_programs():
-    """Compile anew, and forget afterwards what was compiled from tampered operations."""
-    caches = (
-        replay._flags_program,
-        replay._results_program,
-        free_running._free_run_program,
-        replay.inexact_operations,
-    )
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def hyperparameters(steps=STEPS, **changes):

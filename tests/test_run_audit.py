@@ -30,7 +30,7 @@ import xarray as xr
 from recordings import Tensor, f32, f64, header_of, parse, serialize, short_run, small_run, write
 
 import jaxaudit
-from jaxaudit import auditing, commands, operations, plots, replay, results
+from jaxaudit import auditing, commands, operations, plots, results
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.replay import SelfTestError
 
@@ -612,16 +612,12 @@ def test_self_test_that_fails(refused, run, monkeypatch):
     assert "cannot add. No numbers were written." in refused(4, run)
 
 
+@pytest.mark.usefixtures("fresh_programs")
 def test_device_that_can_compute_in_neither_way(refused, run, monkeypatch):
     """Nothing stands in for a self-test: both formulations compute wrongly, and no number is written."""
-    caches = (replay._flags_program, replay._results_program)
-    for cache in caches:
-        cache.cache_clear()
     for kind in (operations.Float32Operations, operations.Float64Operations):
         monkeypatch.setattr(kind, "round_to", lambda self, value, fmt: value)
     message = refused(4, run, *FEW)
-    for cache in caches:
-        cache.cache_clear()
     assert "self-test failed on cpu" in message and "of torch-cpu-loop in float64" in message
     assert "--backend" in message and "No numbers were written." in message
 
