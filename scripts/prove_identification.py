@@ -156,6 +156,12 @@ def named(
     if master or way == 2:
         setting = afresh(setting, rounded=master)
     run = maker.make(setting)
+    if (
+        run.formats["exp_avg_sq"] is not run.formats["exp_avg"]
+        and not run.patterns["exp_avg_sq"].any()
+    ):
+        # Second moments that are all zero do not show which format they are kept in.
+        return named(maker, arithmetic, fmt, number, [*seeds, 0], path)
     arrays = arrays_of(run, rates=np.dtype(np.float32 if way == 1 and not master else np.float64))
     if way == 2:
         # Which format the second moment had, its own bits alone can tell.
