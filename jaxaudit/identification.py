@@ -101,6 +101,8 @@ class Identifier:
         found = [f for name in _conceivable(self._recording) for f in self.best(name)]
         if not any(finding.fits for finding in found):
             found = self.repair(found)
+        if not any(finding.fits for finding in found):
+            found = [f for g in found for f in self._or_with_unrecorded(g)]
         return self.sort(found)
 
     def repair(self, findings: Sequence[Finding]) -> list[Finding]:
@@ -114,11 +116,29 @@ class Identifier:
             findings, key=lambda f: (not f.fits, f.share, f.candidate.arithmetic.name != claimed)
         )
 
-    def best(self, name: str) -> list[Finding]:
-        """Find the variants and options of a name that fit, else the nearest one."""
+    def _or_with_unrecorded(self, finding: Finding) -> list[Finding]:
+        """Return what fits of a name with an option of which the recording lacks the tensor, else the finding.
+
+        Run from the start, such a tensor can be looked at for a while only, in which much may fit by chance.
+        """
+        found = self.best(finding.candidate.arithmetic.name, unrecorded=True)
+        return found if found[0].fits else [finding]
+
+    def named(self, name: str) -> list[Finding]:
+        """Find the best of a name that was asked for."""
+        found = self.best(name)
+        return found if found[0].fits else self._or_with_unrecorded(found[0])
+
+    def best(self, name: str, *, unrecorded: bool = False) -> list[Finding]:
+        """Find the variants and options of a name that fit, else the nearest one.
+
+        Args:
+            name: of the arithmetic.
+            unrecorded: try amsgrad even where neither metadata nor tensors speak of it.
+        """
         best: Finding | None = None
         fitting: list[Finding] = []
-        for candidate in self._candidates(name):
+        for candidate in self._candidates(name, unrecorded=unrecorded):
             if any(f.candidate.arithmetic is candidate.arithmetic for f in fitting):
                 continue  # other options of a variant that fits
             finding = self.judge(candidate, best)
@@ -209,13 +229,13 @@ class Identifier:
             self._probes[key] = probe(self._bench, timesteps, count)
         return self._probes[key]
 
-    def _candidates(self, name: str) -> Iterator[Candidate]:
+    def _candidates(self, name: str, *, unrecorded: bool = False) -> Iterator[Candidate]:
         given = self._recording.hyperparameters
         assert given is not None
         for arithmetic in VARIANTS[name]:
             if arithmetic.variant and not self._concerns(arithmetic):
                 continue
-            for options in _possible_options(self._recording, arithmetic):
+            for options in _possible_options(self._recording, arithmetic, unrecorded=unrecorded):
                 candidate = Candidate(arithmetic, options, given)
                 yield candidate
                 step = self._bench.step(candidate)
@@ -371,9 +391,9 @@ def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
         if name == "auto":
             chosen += _identified(identifier)
         elif name == "all":
-            chosen += [f.candidate for each in CATALOGUE for f in identifier.best(each)]
+            chosen += [f.candidate for each in CATALOGUE for f in identifier.named(each)]
         else:
-            chosen += [f.candidate for f in identifier.best(name)]
+            chosen += [f.candidate for f in identifier.named(name)]
     return [c for k, c in enumerate(chosen) if not any(_alike(c, d) for d in chosen[:k])]
 
 
@@ -435,11 +455,16 @@ def _conceivable(recording: Recording) -> Iterator[str]:
             yield name
 
 
-def _possible_options(recording: Recording, arithmetic: Arithmetic) -> list[Options]:
-    """List the options, those that the metadata state first."""
+def _possible_options(
+    recording: Recording, arithmetic: Arithmetic, *, unrecorded: bool
+) -> list[Options]:
+    """List the options, those that the metadata state first; `unrecorded` as for `Identifier.best`."""
     given, claimed = recording.hyperparameters, recording.metadata.get("optimizer", "").lower()
     has_max = "max_exp_avg_sq" in recording.formats
-    amsgrads = _stated_first(recording.flag("amsgrad"), has_max, arithmetic.amsgrad)
+    stated = recording.flag("amsgrad")
+    amsgrads = _stated_first(stated, has_max, arithmetic.amsgrad)
+    if not has_max and stated is not True and not unrecorded:
+        amsgrads = [False]
     maximizes = _stated_first(recording.flag("maximize"), False, arithmetic.maximize)
     decays = [kind == "decoupled" for kind in arithmetic.decays]
     if given is None or (given.weight_decay == 0 and not arithmetic.always_decays):
