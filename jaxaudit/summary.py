@@ -58,6 +58,7 @@ def _summarize_audit(dataset: xr.Dataset) -> dict[str, Any]:
         },
         "arithmetics": {
             str(name): _summarize_arithmetic(dataset.sel(arithmetic=name))
+            | _used(dataset, str(name))
             for name in dataset.arithmetic.values
         },
     }
@@ -85,6 +86,7 @@ def describe(dataset: xr.Dataset, free_run: xr.Dataset | None = None) -> str:
         "",
         *_timestep_table(found),
         "",
+        *_used_lines(found),
         *_first_mismatch_lines(found),
         *_free_run_lines(found),
         *_nonfinite_lines(found),
@@ -126,6 +128,12 @@ def _summarize_arithmetic(one: xr.Dataset) -> dict[str, Any]:
 
 def _by_group(dataset: xr.Dataset, values: xr.DataArray) -> dict[str, int]:
     return {str(name): int(values.sel(token_group=name)) for name in dataset.token_group.values}
+
+
+def _used(dataset: xr.Dataset, name: str) -> dict[str, Any]:
+    """Tell under which variant, options and other than stored hyperparameters an arithmetic was replayed."""
+    stated = json.loads(dataset.attrs["arithmetics"])[name]
+    return {key: stated[key] for key in ("variant", "options", "hyperparameters")}
 
 
 def _first_mismatch(fields: xr.DataArray) -> dict[str, int] | None:
@@ -194,6 +202,21 @@ def _timestep_table(found: dict[str, Any]) -> list[str]:
     return (
         _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
     )
+
+
+def _used_lines(found: dict[str, Any]) -> list[str]:
+    """Say what was replayed otherwise than the recording states."""
+    lines = []
+    for name, one in found["arithmetics"].items():
+        changed = [
+            f"{key} {value} instead of the stored one"
+            for key, value in one["hyperparameters"].items()
+        ]
+        if one["variant"] or changed:
+            lines.append(
+                f"{name} is replayed with {', '.join([one['variant']] * bool(one['variant']) + changed)}."
+            )
+    return lines
 
 
 def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:

@@ -223,6 +223,10 @@ def test_audit_tells_what_was_stored_and_what_was_used(tmp_path):
     assert json.loads(found.attrs["hyperparameters"])["beta2"]["value"] == 0.99
     told = json.loads(found.attrs["arithmetics"])["torch-cpu-loop"]
     assert told["hyperparameters"] == {"beta2": 0.98828125}
+    said = "torch-cpu-loop is replayed with beta2 0.98828125 instead of the stored one."
+    assert said in jaxaudit.describe(found)
+    one = jaxaudit.summarize(found)["arithmetics"]["torch-cpu-loop"]
+    assert one["hyperparameters"] == {"beta2": 0.98828125} and one["variant"] == ""
 
 
 #: The others are in the sweep of `prove_identification.py`.
