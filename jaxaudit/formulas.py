@@ -94,11 +94,15 @@ def exp_avg_fused_cuda_legacy(k: Kernel) -> Value:
 # Second moments.
 
 
+def _decayed_exp_avg_sq(k: Kernel) -> Value:
+    """`v.mul(beta2)`."""
+    decayed = k.ops.multiply(k.x["exp_avg_sq"], k.s["beta2"])
+    return k.rounded(decayed, "the decayed exp_avg_sq", k.step.exp_avg_sq_format)
+
+
 def exp_avg_sq_cpu(k: Kernel) -> Value:
     """`v.mul(beta2)`, then `addcmul(g, g, value=1 - beta2)`: fma((1 - beta2)*g, g, v)."""
-    g = k.gradient()
-    decayed = k.ops.multiply(k.x["exp_avg_sq"], k.s["beta2"])
-    decayed = k.rounded(decayed, "the decayed exp_avg_sq", k.step.exp_avg_sq_format)
+    g, decayed = k.gradient(), _decayed_exp_avg_sq(k)
     scaled = k.ops.multiply(k.s["exp_avg_sq_weight"], g)
     return k.fused(scaled, g, decayed, "exp_avg_sq")
 
@@ -115,9 +119,7 @@ def exp_avg_sq_fused_cpu(k: Kernel) -> Value:
 
 def exp_avg_sq_cuda(k: Kernel) -> Value:
     """As `exp_avg_sq_cpu` with the square first: fma(1 - beta2, g*g, v)."""
-    g = k.gradient()
-    decayed = k.ops.multiply(k.x["exp_avg_sq"], k.s["beta2"])
-    decayed = k.rounded(decayed, "the decayed exp_avg_sq", k.step.exp_avg_sq_format)
+    g, decayed = k.gradient(), _decayed_exp_avg_sq(k)
     square = k.ops.multiply(g, g)
     return k.fused(k.s["exp_avg_sq_weight"], square, decayed, "exp_avg_sq")
 
@@ -139,17 +141,21 @@ def exp_avg_sq_fused_cuda_legacy(k: Kernel) -> Value:
     return ops.narrow(ops.wide_fma(scaled, g, ops.wide_multiply(k.s["beta2"], v)))
 
 
-def largest(k: Kernel) -> Value:
-    """`torch.maximum(v_max, v)`: NaN where either is NaN."""
-    old, new = k.x["max_exp_avg_sq"], k.new_exp_avg_sq()
+def _maximum(k: Kernel, old: Value, new: Value) -> Value:
+    """Return the larger one; NaN where either is NaN."""
     return k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
+
+
+def largest(k: Kernel) -> Value:
+    """`torch.maximum(v_max, v)`."""
+    return _maximum(k, k.x["max_exp_avg_sq"], k.new_exp_avg_sq())
 
 
 def largest_fused_cpu(k: Kernel) -> Value:
     """As `largest`; the scalar loop takes `v_max < v ? v : v_max`, which leaves out a NaN in v."""
     old, new = k.x["max_exp_avg_sq"], k.new_exp_avg_sq()
-    vector = k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
-    return k.ops.where(k.tail(), k.ops.where(k.ops.less(old, new), new, old), vector)
+    scalar = k.ops.where(k.ops.less(old, new), new, old)
+    return k.ops.where(k.tail(), scalar, _maximum(k, old, new))
 
 
 # New weights.
@@ -179,8 +185,7 @@ def denominator(k: Kernel) -> Value:
 def reciprocal_denominator(k: Kernel) -> Value:
     """`denominator` where the root is multiplied by the reciprocal of its bias correction."""
     fmt = k.step.exp_avg_sq_format
-    root = k.rounded(k.sqrt(k.new_second_moment()), "sqrt(exp_avg_sq)", fmt)
-    root = k.ops.multiply(root, k.s["reciprocal_bias_correction2_sqrt"])
+    root = k.ops.multiply(_root(k), k.s["reciprocal_bias_correction2_sqrt"])
     root = k.rounded(root, "the corrected root", fmt)
     return k.rounded(k.ops.add(root, k.s["epsilon"]), "the denominator", fmt)
 
@@ -410,11 +415,9 @@ def exp_avg_sq_optax(k: Kernel) -> Value:
 
 def largest_optax(k: Kernel) -> Value:
     """The largest second moment, bias-corrected, so far (`optax.amsgrad`)."""
-    old, new = k.x["max_exp_avg_sq"], _corrected_optax(k)
-    larger = k.ops.where(k.ops.less(old, new) | k.ops.is_nan(new), new, old)
-    return k.ops.multiply(
-        larger, np.float32(1)
-    )  # which takes a subnormal number for zero where XLA does
+    larger = _maximum(k, k.x["max_exp_avg_sq"], _corrected_optax(k))
+    # The product takes a subnormal number for zero where XLA does.
+    return k.ops.multiply(larger, np.float32(1))
 
 
 def _corrected_optax(k: Kernel) -> Value:

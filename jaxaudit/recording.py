@@ -190,14 +190,7 @@ class Recording:
 
     def at(self, timestep: int, rows: tuple[int, int]) -> Window:
         """Read one timestep of a range of rows, into memory of its own; as `windows` does."""
-        count = rows[1] - rows[0]
-        names = tuple(self.formats)
-        buffers = {
-            name: aligned(
-                (1 + (name != "grad"), count, self.width), self.formats[name].pattern_dtype
-            )
-            for name in names
-        }
+        buffers = self._buffers(1, rows[1] - rows[0], tuple(self.formats))
         return self._read(timestep, 1, rows, buffers)
 
     def group_tensors(self) -> SafetensorsFile | None:

@@ -90,6 +90,15 @@ class Program:
         }
         return found | {"tail": tail}
 
+    def replay(
+        self, ops: Operations, scalars: Scalars, window: Recorded, steps: int, tail: Any
+    ) -> NDArray[np.float32]:
+        """Compute all the window's steps in NumPy, as they were recorded."""
+        values = self.values(ops, window, steps, tail)
+        columns = {name: scalar[:, None] for name, scalar in scalars.items()}
+        with np.errstate(all="ignore"):
+            return self.step.replay_recorded(self.stage, ops, columns, values)
+
 
 #: Name in a window of the weight that a step keeps to itself, where the recorded one is a copy of it.
 OWN_PARAM = "own param"
@@ -299,10 +308,8 @@ class _Trial:
         )
         silent = ~np.any(differ_in(fused, unfused, program.result, program.result), axis=0)
         chosen = np.empty(tried, np.int64)
-        for k in (
-            0,
-            1,
-        ):  # columns keep their parity, by which the trial decides what is in the tail
+        # Columns keep their parity, by which the trial decides what is in the tail.
+        for k in (0, 1):
             count = chosen[k::2].size
             chosen[k::2] = np.argsort(silent[k::2], kind="stable")[:count] * 2 + k
         return {name: patterns[:, chosen] for name, patterns in window.items()}
@@ -310,9 +317,7 @@ class _Trial:
     def _compute(
         self, ops: Operations, window: Recorded, steps: int, tail: NDArray[np.uint8]
     ) -> NDArray[Any]:
-        values = self._program.values(ops, window, steps, tail)
-        columns = {name: scalar[:, None] for name, scalar in self.scalars.items()}
-        result = self._program.step.replay_recorded(self._program.stage, ops, columns, values)
+        result = self._program.replay(ops, self.scalars, window, steps, tail)
         return ops.encode(result, self._program.result)
 
     def _plant(self, rng: np.random.Generator, steps: int, tried: int) -> NDArray[np.bool_]:

@@ -23,7 +23,7 @@ from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import Formulation, numpy_operations
 from jaxaudit.recording import Recording, Window
-from jaxaudit.replay import Program, Recorded, Replayer
+from jaxaudit.replay import OWN_PARAM, Program, Recorded, Replayer
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import STAGES, Scalars, Stage, Step
 
@@ -96,9 +96,7 @@ class Workbench:
 
     def _missing(self, step: Step, stage: Stage) -> set[str]:
         read = {name.removeprefix("new_") for name in step.reads(stage)}
-        return {x for x in read if x not in self.recording.formats} | (
-            read & {*self.replayer.hidden(step)}
-        )
+        return (read - {*self.recording.formats}) | (read & {*self.replayer.hidden(step)})
 
     def _can_run(self, step: Step, missing: set[str]) -> bool:
         """Tell whether tensors that were not recorded can be had by running freely from the start."""
@@ -134,7 +132,8 @@ class Workbench:
         if not hidden:
             return arrays
         found = self.run(candidate, hidden, window, arrays)
-        return {**{OWN.get(name, name): value for name, value in found.items()}, **arrays}
+        places = {OWN_PARAM if name == "param" else name: found[name] for name in hidden}
+        return {**places, **arrays}
 
     def run(
         self, candidate: Candidate, hidden: tuple[str, ...], window: Window, arrays: Recorded
@@ -274,16 +273,13 @@ class Workbench:
         }
         ops = numpy_operations(flushes=program.step.flushes)
         tail = self.tail(candidate, rows)[chosen]
-        values = program.values(ops, cut, 1, tail)
         recorded = floats.decode(
             np.asarray(arrays[program.stage][k + 1])[chosen][None], program.recorded
         )
         counts = {}
         for nudge in candidate.arithmetic.nudges(candidate.given):
             scalars = self.scalars_at(candidate, [timestep], [nudge])
-            columns = {name: value[:, None] for name, value in scalars.items()}
-            with np.errstate(all="ignore"):
-                found = program.step.replay_recorded(program.stage, ops, columns, values)
+            found = program.replay(ops, scalars, cut, 1, tail)
             patterns = (
                 np.ascontiguousarray(v, np.float32).view(np.uint32) for v in (found, recorded)
             )
@@ -321,10 +317,6 @@ class Workbench:
                 self.moment_formats,
             )
         return self._steps[candidate]
-
-
-#: Places of tensors that a step keeps to itself beside a recorded copy.
-OWN = {"param": "own param"}
 
 
 def _moment_formats(recording: Recording, steps: tuple[int, int]) -> tuple[Format, Format]:
