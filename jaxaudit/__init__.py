@@ -16,6 +16,7 @@ _HOME = {
     "VARIANTS": "arithmetics",
     "Options": "arithmetics",
     "audit": "auditing",
+    "cross_check": "rounding.certificate",
     "free_run": "auditing",
     "identify": "identification",
     "BackendError": "devices",

@@ -1,13 +1,9 @@
 """The audit: replay every recorded step, compare, label."""
 
 import dataclasses
-import datetime
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -19,6 +15,7 @@ from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
+from jaxaudit.provenance import provenance
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, token_groups_of
 from jaxaudit.safetensors_file import FileError
 from jaxaudit.steps import STAGES
@@ -282,19 +279,8 @@ def _provenance(
         "source_sha256_head": recording.fingerprint(),
         "storage_format": recording.storage.name,
         "state_precision": _state_precision(recording, dataset),
-        "backend": bench.device.platform,
-        "device": bench.device.device_kind,
         "self_test": _json(bench.replayer.self_tests()),
-        "jax_version": jax.__version__,
-        "jaxlib_version": metadata.version("jaxlib"),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "jaxaudit_version": version(),
-        "creation_library": "jaxaudit",
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "schema_version": results.SCHEMA_VERSION,
-        "Conventions": "CF-1.11",
-    }
+    } | provenance(bench.device)
 
 
 def fitting_arithmetics(dataset: xr.Dataset) -> list[str]:
@@ -326,14 +312,6 @@ def _state_precision(recording: Recording, dataset: xr.Dataset) -> str:
         verdict = recording.storage.name if beyond == 0 else "float32"
         sentences.append(f"{name}: {verdict} (stored as float32; {share})")
     return "; ".join(sentences)
-
-
-def version() -> str:
-    """Return the installed package's version."""
-    try:
-        return metadata.version("jaxaudit")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _json(value: Any) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def run_audit(
     Raises:
         Failure: anything that people can mend.
     """
-    with _failures():
-        _refuse_empty_names(request)
+    with failures():
+        refuse_empty_names(request, ("recording", "token_groups", "output", "csv", "plots"))
         wanted = _wanted_arithmetics(request)
         find_device(request.backend)  # before any file is opened
         with _open(request) as recording:
@@ -90,12 +90,8 @@ def run_audit(
             steps = _steps(request, recording)
             output = Path(request.output or Path("results") / f"{recording.path.stem}.nc")
             outputs = list(_outputs(request, output, groups, wanted))
-            _check_text(output)
-            _check_distinct(outputs, [recording.path, *filter(None, [request.token_groups])])
-            for path in outputs:
-                _check_free(path, overwrite=request.overwrite)
-            for folder in {path.parent for path in outputs}:
-                _check_writable(folder)
+            inputs = [recording.path, *filter(None, [request.token_groups])]
+            check_outputs(outputs, inputs, overwrite=request.overwrite)
             dataset, own_way = auditing.audit_and_free_run(
                 recording,
                 groups,
@@ -104,12 +100,13 @@ def run_audit(
                 steps=steps,
                 progress=progress,
             )
-        _write(request, dataset, own_way, output)
+        writers = _writers(request, dataset, own_way, output)
+        write_together(writers, overwrite=request.overwrite)
     return _status(request, dataset), _text(request, dataset, own_way, output)
 
 
 @contextlib.contextmanager
-def _failures() -> Iterator[None]:
+def failures() -> Iterator[None]:
     """Turn the library's exceptions into failures with an exit status."""
     try:
         yield
@@ -146,9 +143,9 @@ def _output_problem(error: OSError) -> str:
     return str(error)
 
 
-def _refuse_empty_names(request: AuditRequest) -> None:
+def refuse_empty_names(request: object, names: Sequence[str]) -> None:
     """Refuse what an unset variable of a shell script turns into."""
-    for name in ("recording", "token_groups", "output", "csv", "plots"):
+    for name in names:
         if getattr(request, name) == "":
             raise Failure(f"{name}: the name is empty. Give a path or leave it out.", WRONG_USAGE)
 
@@ -209,6 +206,22 @@ def _outputs(
         yield from (Path(request.plots) / name for name in plots.FIGURES)
 
 
+def check_outputs(
+    outputs: Sequence[Path], inputs: Sequence[Path | str] = (), *, overwrite: bool
+) -> None:
+    """Refuse before any work what cannot be written, or must not be; the first is a NetCDF file.
+
+    Raises:
+        Failure: for the first output that is refused.
+    """
+    _check_text(outputs[0])
+    _check_distinct(outputs, inputs)
+    for path in outputs:
+        _check_free(path, overwrite=overwrite)
+    for folder in {path.parent for path in outputs}:
+        _check_writable(folder)
+
+
 def _check_distinct(outputs: Sequence[Path], inputs: Sequence[Path | str]) -> None:
     """Refuse to write one file twice, or over what is read."""
     path, times = collections.Counter(outputs).most_common(1)[0]
@@ -260,11 +273,22 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _write(request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path) -> None:
-    """Write every file under a temporary name first: all of them appear, or none."""
+def write_together(
+    writers: Iterable[tuple[Path, Callable[[Path], None]]], *, overwrite: bool
+) -> None:
+    """Write every file under a temporary name first: all of them appear, or none.
+
+    Args:
+        writers: each output with the function that writes it.
+        overwrite: replace what is there.
+
+    Raises:
+        Failure: an output has appeared meanwhile.
+        OSError: one cannot be written.
+    """
     with contextlib.ExitStack() as unfinished:
         written = []
-        for path, write in _writers(request, dataset, own_way, output):
+        for path, write in writers:
             try:
                 temporary = unfinished.enter_context(results.temporary_beside(path))
                 write(temporary)
@@ -272,7 +296,7 @@ def _write(request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, outp
                 raise OSError(error.errno, error.strerror, str(path)) from error
             written.append((temporary, path))
         for _, path in written:
-            _check_free(path, overwrite=request.overwrite)  # another run may have been faster
+            _check_free(path, overwrite=overwrite)  # another run may have been faster
         for temporary, path in written:
             results.publish(temporary, path)
 

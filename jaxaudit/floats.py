@@ -1,7 +1,7 @@
 """Floating-point formats as bit patterns: decoding, rounding, and distance in ulp, in NumPy.
 
-bfloat16 and float16 values are held as `uint16` bit patterns and float32 values as `uint32` ones, so that
-nothing between the file and the arithmetic can round them. Everything here is exact for every pattern:
+bfloat16 and float16 values are held as `uint16` bit patterns, float32 values as `uint32` and float64 values
+as `uint64` ones, so that nothing between the file and the arithmetic can round them. Everything here is exact for every pattern:
 normal, subnormal, signed zero, infinity and NaN.
 """
 
@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-FormatName = Literal["bfloat16", "float16", "float32"]
+FormatName = Literal["bfloat16", "float16", "float32", "float64"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A binary interchange format of at most 32 bits.
+    """A binary interchange format of at most 64 bits.
 
     Attributes:
         name: as NumPy, JAX and PyTorch call it.
@@ -44,7 +44,7 @@ class Format:
     @property
     def pattern_dtype(self) -> np.dtype:
         """Unsigned integer dtype that holds one bit pattern."""
-        return np.dtype(np.uint16 if self.width == 16 else np.uint32)
+        return np.dtype(f"uint{self.width}")
 
     @property
     def value_dtype(self) -> np.dtype:
@@ -65,6 +65,7 @@ class Format:
 BFLOAT16 = Format(name="bfloat16", safetensors="BF16", exponent_bits=8, significand_bits=7)
 FLOAT16 = Format(name="float16", safetensors="F16", exponent_bits=5, significand_bits=10)
 FLOAT32 = Format(name="float32", safetensors="F32", exponent_bits=8, significand_bits=23)
+FLOAT64 = Format(name="float64", safetensors="F64", exponent_bits=11, significand_bits=52)
 
 #: Every format in which a parameter may be stored, by the dtype string of a safetensors header.
 FORMATS = {fmt.safetensors: fmt for fmt in (BFLOAT16, FLOAT16, FLOAT32)}
@@ -72,19 +73,23 @@ FORMATS = {fmt.safetensors: fmt for fmt in (BFLOAT16, FLOAT16, FLOAT32)}
 Patterns = NDArray[np.unsignedinteger]
 
 
-def decode(patterns: Patterns, fmt: Format) -> NDArray[np.float32]:
-    """Widen bit patterns to the float32 values they stand for (exact for every pattern)."""
-    if fmt is FLOAT32:
-        return np.ascontiguousarray(patterns, np.uint32).view(np.float32)
+def decode(patterns: Patterns, fmt: Format) -> NDArray[Any]:
+    """Widen bit patterns to the float32 values they stand for (exact for every pattern); float64 ones stay."""
+    if fmt in (FLOAT32, FLOAT64):
+        return np.ascontiguousarray(patterns, fmt.pattern_dtype).view(fmt.value_dtype)
     if fmt is BFLOAT16:
         return (patterns.astype(np.uint32) << 16).view(np.float32)
     return np.ascontiguousarray(patterns, np.uint16).view(np.float16).astype(np.float32)
 
 
 def encode(values: NDArray[np.float32], fmt: Format) -> Patterns:
-    """Round float32 values to `fmt`, to nearest with ties to even, and return the bit patterns."""
+    """Round float32 values to `fmt`, to nearest with ties to even, and return the bit patterns.
+
+    float64 takes every value as it is.
+    """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        narrowed = np.ascontiguousarray(values, np.float32).astype(fmt.value_dtype)
+        given = np.ascontiguousarray(values, None if fmt is FLOAT64 else np.float32)
+        narrowed = given.astype(fmt.value_dtype)
     return narrowed.view(fmt.pattern_dtype)
 
 

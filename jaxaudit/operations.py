@@ -30,7 +30,7 @@ from jax import lax
 
 from jaxaudit import floats
 from jaxaudit.devices import Device
-from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
+from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Format
 from jaxaudit.mkl_sqrt import reciprocal_root_steps
 
 #: A NumPy or JAX array; each class of operations says which.
@@ -63,7 +63,7 @@ class Operations(Protocol):
 
     # Arithmetic in double, for implementations that leave some of it there: each operation rounds to float64.
     def wide(self, a: Value) -> Value: ...
-    def narrow(self, a: Value) -> Value: ...
+    def narrow(self, a: Value, fmt: Format = FLOAT32) -> Value: ...
     def wide_add(self, a: Value, b: Value) -> Value: ...
     def wide_multiply(self, a: Value, b: Value) -> Value: ...
     def wide_fma(self, a: Value, b: Value, c: Value) -> Value: ...
@@ -136,9 +136,13 @@ class NumpyOperations:
         with np.errstate(all="ignore"):  # a signalling NaN
             return np.asarray(a, np.float64)
 
-    def narrow(self, a: Value) -> Value:
+    def narrow(self, a: Value, fmt: Format = FLOAT32) -> Value:
         with np.errstate(all="ignore"):
-            return np.asarray(a).astype(np.float32)
+            rounded = np.asarray(a, np.float64).astype(np.float32)
+            if fmt is FLOAT32:
+                return rounded
+            odd = _odd_bits(a, np.float64(rounded), rounded.view(np.uint32), np.where)
+        return floats.round_to(odd.view(np.float32), fmt)
 
     def wide_add(self, a: Value, b: Value) -> Value:
         with np.errstate(all="ignore"):
@@ -182,6 +186,8 @@ class Float32Operations:
         self._calls = 0
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
+        if fmt is FLOAT64:
+            return lax.bitcast_convert_type(patterns, jnp.float64)
         return _float(widen_patterns(patterns, fmt))
 
     def watch(self, value: Value) -> Value:
@@ -202,6 +208,8 @@ class Float32Operations:
         return result
 
     def encode(self, value: Value, fmt: Format) -> Value:
+        if fmt is FLOAT64:
+            return lax.bitcast_convert_type(value.astype(jnp.float64), jnp.uint64)
         return _narrow(_bits(self.round_to(value, fmt)), fmt)
 
     def round_to(self, value: Value, fmt: Format) -> Value:
@@ -257,8 +265,12 @@ class Float32Operations:
     def wide(self, a: Value) -> Value:
         return a.astype(jnp.float64)
 
-    def narrow(self, a: Value) -> Value:
-        return self._mark_zero(a.astype(jnp.float32), a == 0)
+    def narrow(self, a: Value, fmt: Format = FLOAT32) -> Value:
+        rounded = self._mark_zero(self._guarded(a.astype(jnp.float32)), a == 0)
+        if fmt is FLOAT32:
+            return rounded
+        odd = _odd_bits(a, rounded.astype(jnp.float64), _bits(rounded), jnp.where)
+        return self.round_to(_float(odd), fmt)
 
     def wide_add(self, a: Value, b: Value) -> Value:
         return a + b
@@ -290,9 +302,13 @@ class Float64Operations:
         self._zero = zero
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
+        if fmt is FLOAT64:
+            return lax.bitcast_convert_type(patterns, jnp.float64)
         return _float64_of_bits(widen_patterns(patterns, fmt))
 
     def encode(self, value: Value, fmt: Format) -> Value:
+        if fmt is FLOAT64:
+            return lax.bitcast_convert_type(value, jnp.uint64)
         return narrow_patterns(_bits_of_float64(value), fmt)
 
     def round_to(self, value: Value, fmt: Format) -> Value:
@@ -354,8 +370,13 @@ class Float64Operations:
     def wide(self, a: Value) -> Value:
         return a
 
-    def narrow(self, a: Value) -> Value:
-        return _round64(a)
+    def narrow(self, a: Value, fmt: Format = FLOAT32) -> Value:
+        bits = _bits_of_float64(a)
+        if fmt is FLOAT32:
+            return _float64_of_bits(bits)
+        return self.round_to(
+            _float64_of_bits(_odd_bits(a, _float64_of_bits(bits), bits, jnp.where)), fmt
+        )
 
     def wide_add(self, a: Value, b: Value) -> Value:
         return a + b
@@ -503,6 +524,24 @@ def _mkl_amd_sqrt(ops: Operations, a: Value, take: Callable[[Value, Value], Valu
     scaled = ops.patterns32(r) + ((bits - fraction) >> 1) - (0x3F800000 >> 1)
     refined = bits - 0x00800000 < 0x7F7FF000 - 0x00800000
     return ops.where(refined, ops.decode(scaled, FLOAT32), ops.sqrt(a))
+
+
+def _odd_bits(
+    value: Value, rounded: Value, bits: Value, where: Callable[[Mask, Value, Value], Value]
+) -> Value:
+    """Return the float32 bits of a float64 value rounded to odd, from those of its nearest float32.
+
+    Rounding them once more, to 16 bits, is rounding the value (Boldo and Melquiond, as in `NumpyOperations.fma`).
+
+    Args:
+        value: float64.
+        rounded: the nearest float32, as float64.
+        bits: of it.
+        where: of NumPy or JAX.
+    """
+    inexact = (rounded < value) | (rounded > value)  # false for NaN
+    step = where(abs(value) > abs(rounded), np.uint32(1), np.uint32(0xFFFFFFFF))
+    return where(inexact & (bits & np.uint32(1) == 0), bits + step, bits)
 
 
 def _take(table: Value, index: Value) -> Value:

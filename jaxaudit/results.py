@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-SCHEMA_VERSION = "1"
-
 #: What stands in an integer variable where a stage was not audited; no count is negative.
 NOT_AUDITED = -1
+
+_LARGE = 1 << 18  # bytes of an array that is worth compressing
 
 _LABEL_BYTES = 1 << 20  # more than names, units and attributes take in a file
 
@@ -57,6 +57,28 @@ COORDINATES = {
     "mismatch_field": Field(("mismatch_field",), "str", "1", "what is told of a mismatch"),
     "fraction_bin": Field(
         ("fraction_bin",), "float64", "1", "fraction of the way to the neighbour away from zero"
+    ),
+    "operation": Field(("operation",), "str", "1", "operation"),
+    "mode": Field(("mode",), "str", "1", "what computed it"),
+    "reference": Field(("reference",), "str", "1", "what it is compared with"),
+    "input_class": Field(
+        ("input_class",),
+        "str",
+        "1",
+        "class of the input",
+        "the first that applies of NaN and infinity (an operand is one), subnormal (an operand is, or the "
+        "exact result is smaller than the smallest normal number and not zero), zero (an operand is), tie (the "
+        "exact result lies midway between two numbers of the result's format), normal",
+    ),
+    "binade": Field(
+        ("binade",),
+        "int64",
+        "1",
+        "floor of log2 of the size of the IEEE result",
+        "-150 for zero and anything below 2^-149, 128 for infinity and NaN",
+    ),
+    "difference_field": Field(
+        ("difference_field",), "str", "1", "what is told of a difference, as bit patterns"
     ),
 }
 
@@ -183,6 +205,58 @@ FREE_RUN_VARIABLES = {
 }
 
 
+_PER_COMPARISON = ("operation", "mode", "reference")
+_PER_CLASS = (*_PER_COMPARISON, "input_class")
+_PER_OPERATION = ("operation",)
+
+#: A rounding certificate: the dataset of `cross_check`.
+ROUNDING_VARIABLES = {
+    "compared_count": Field(
+        _PER_CLASS, "int64", "1", "results compared", "0 where the reference is not there"
+    ),
+    "differing_count": Field(
+        _PER_CLASS,
+        "int64",
+        "1",
+        "results whose bits differ from those of the reference",
+        "+0 and -0 differ (but not after a sum, which forgets the sign of zero), all NaNs are alike",
+    ),
+    "max_ulp_distance": Field(
+        _PER_CLASS,
+        "float64",
+        "ulp",
+        "largest distance from the reference",
+        "on the ordered line of the result's format, on which neighbouring values are 1 apart; a fraction "
+        "where the result was not rounded to that format; NaN lies one step beyond infinity",
+    ),
+    "first_difference": Field(
+        (*_PER_CLASS, "difference_field"),
+        "uint64",
+        "1",
+        "first result that differs, as bit patterns",
+        "operands in their formats, wanted in that of the result, found likewise or, in mode jit-reduced, in "
+        "the format of the sum; all 0 where nothing differs",
+    ),
+    "differing_by_binade": Field(
+        (*_PER_COMPARISON, "binade"), "int64", "1", "results that differ, by binade"
+    ),
+    "compared_by_binade": Field(
+        ("operation", "binade"), "int64", "1", "results compared, by binade"
+    ),
+    "cause": Field(_PER_COMPARISON, "str", "1", "why results differ", "empty where none does"),
+    "remedy": Field(
+        _PER_COMPARISON, "str", "1", "what to write instead", "empty where none differs"
+    ),
+    "formula": Field(
+        _PER_OPERATION, "str", "1", "what the reference ieee computes, with its roundings"
+    ),
+    "jax_expression": Field(_PER_OPERATION, "str", "1", "how it is written in JAX"),
+    "torch_expression": Field(_PER_OPERATION, "str", "1", "how it is written in PyTorch"),
+    "operand_formats": Field(_PER_OPERATION, "str", "1", "formats of the operands"),
+    "result_format": Field(_PER_OPERATION, "str", "1", "format of the result"),
+    "coverage": Field(_PER_OPERATION, "str", "1", "which operands were tried"),
+}
+
 #: Variables that only some audits have.
 OPTIONAL = {"loss", *(name for name in VARIABLES if name.startswith("round"))}
 
@@ -246,7 +320,7 @@ def write(dataset: xr.Dataset, path: Path, groups: Mapping[str, xr.Dataset] | No
 
 def _write_group(dataset: xr.Dataset, path: Path, group: str | None) -> None:
     # No fill values: xarray would read integers that have one back as floating point.
-    encoding = {str(name): {"_FillValue": None} for name in dataset.variables}
+    encoding = {str(name): _encoding(array) for name, array in dataset.variables.items()}
     attributes = {name: _encodable(value) for name, value in dataset.attrs.items()}
     try:
         dataset.assign_attrs(attributes).to_netcdf(
@@ -302,6 +376,12 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     if missing:
         raise ValueError(f"{path}: not the dataset of an audit; it lacks {', '.join(missing)}.")
     return dataset
+
+
+def _encoding(array: xr.Variable) -> dict[str, Any]:
+    """Compress large arrays of numbers, most of which are zeros or repeat themselves; netCDF refuses strings."""
+    compressed = {"zlib": True, "complevel": 4} if array.nbytes > _LARGE and array.dtype.kind in "iuf" else {}  # fmt: skip
+    return {"_FillValue": None} | compressed
 
 
 def _attributes(field: Field) -> dict[str, str]:

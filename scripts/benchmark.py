@@ -36,13 +36,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.provenance import cpu_name, version_of
 from jaxaudit.recording import (
     Recording,
     TokenGroups,
@@ -466,25 +466,6 @@ def machine_facts() -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def cpu_name() -> str:
-    """Return the CPU's name; virtual machines hide all but the family."""
-    table = Path("/proc/cpuinfo")
-    if not table.exists():
-        return platform.processor()
-    pairs = [line.split(":", 1) for line in table.read_text().splitlines() if ":" in line]
-    found = {key.strip(): value.strip() for key, value in reversed(pairs)}
-    name = found.get("model name", platform.processor())
-    return f"{name}, family {found.get('cpu family', '?')}, model {found.get('model', '?')}"
-
-
-def version_of(package: str) -> str | None:
-    """Return an installed package's version."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def figures(recording: Recording, runs: Mapping[str, list[Measured]]) -> dict[str, Any]:

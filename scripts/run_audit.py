@@ -12,23 +12,16 @@ Exit status: 0 the audit ran; 1 --expect was not met; 2 wrong usage, or an outpu
 """
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Explain wrong usage in one line, where argparse would print the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+from jaxaudit.terminal import Parser, progress_bar, put, replace_closed_streams
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     described = __doc__ or ""
-    p = _Parser(
+    p = Parser(
         prog="run_audit.py",
         description=described.split("\n\n")[0],
         epilog="\n\n".join(described.split("\n\n")[1:]),
@@ -60,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    _replace_closed_streams()
+    replace_closed_streams()
     try:
         return _main(parser().parse_args(argv))
     except SystemExit as done:  # argparse: --help, or wrong usage, already explained
@@ -74,11 +67,11 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        return _put(f"jaxaudit {version('jaxaudit')}")
+        return put(f"jaxaudit {version('jaxaudit')}", "run_audit.py")
     from jaxaudit.commands import AuditRequest, Failure, run_audit
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
-    progress, close = _progress_bar(quiet=arguments.quiet)
+    progress, close = progress_bar("replaying", "B", quiet=arguments.quiet)
     try:
         status, text = run_audit(request, progress)
     except Failure as failure:
@@ -87,48 +80,7 @@ def _main(arguments: argparse.Namespace) -> int:
         return failure.status
     finally:
         close()
-    return _put(text) or status
-
-
-def _put(text: str) -> int:
-    """Write to stdout; return 2 where that fails. A reader that went away is no failure."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        return 0
-    except OSError as error:
-        with contextlib.suppress(OSError):  # else Python would fail again when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"run_audit.py: error: stdout cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-
-
-def _replace_closed_streams() -> None:
-    """Stand in for streams that the caller closed, or files would get their numbers."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-
-
-def _progress_bar(*, quiet: bool) -> tuple[Callable[[int, int], None] | None, Callable[[], None]]:
-    """Return a function that shows bytes done on a terminal, and one that ends the display."""
-    if quiet or not sys.stderr.isatty():
-        return None, lambda: None
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="B", unit_scale=True, desc="replaying", leave=False)
-        bar.update(done - bar.n)
-
-    return show, lambda: bar.close() if bar is not None else None
+    return put(text, "run_audit.py") or status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxaudit import floats
-from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32
+from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from jaxaudit.mkl_sqrt import reciprocal_root_steps, root_of_probe
 from jaxaudit.operations import (
     Float32Operations,
@@ -438,6 +438,76 @@ def test_doubles_are_narrowed_once(formulation):
     if formulation == "float32":
         tiny = (np.abs(values) < 2.0**-126 * (1 - 2.0**-25)) & (expected << 1 != 0)
         assert (marked[tiny] != 0).all() and not marked[np.abs(values) > 2.0**-125].any()
+
+
+def nearest(value, fmt):
+    """Round a fraction to the nearest number of a format, ties to even, in integers."""
+    bias = (1 << (fmt.exponent_bits - 1)) - 1
+    size, exponent = abs(value), 1 - bias - fmt.significand_bits
+    while size >= Fraction(2) ** (exponent + fmt.significand_bits + 1):
+        exponent += 1
+    rounded = round(size / Fraction(2) ** exponent) * Fraction(2) ** exponent
+    return float("inf") if rounded >= Fraction(2) ** (bias + 1) else float(rounded)
+
+
+@pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT16], ids=lambda f: f.name)
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_doubles_are_narrowed_to_16_bits_in_one_rounding(formulation, fmt):
+    """Midpoints of the format, and doubles so near to them that float32 cannot tell."""
+    rng = np.random.default_rng(13)
+    codes = rng.integers(0, fmt.infinity, 4000).astype(np.uint16)
+    low = floats.decode(codes, fmt).astype(np.float64)
+    high = floats.decode(codes + np.uint16(1), fmt).astype(np.float64)
+    values = np.where(
+        np.isinf(high), low + (low - floats.decode(codes - np.uint16(1), fmt)) / 2, (low + high) / 2
+    )
+    values *= 1 + rng.choice([0, 2.0**-52, -(2.0**-52), 2.0**-40, -(2.0**-30), 2.0**-12], 4000)
+    values *= rng.choice([-1, 1], 4000)
+    values[:4] = [np.inf, -np.inf, np.nan, 1e300]
+    numbers = [Fraction(v) if np.isfinite(v) else v for v in values.tolist()]
+    expected = [nearest(v, fmt) if isinstance(v, Fraction) else abs(v) for v in numbers]
+    expected = floats.encode(np.copysign(expected, values).astype(np.float32), fmt)
+
+    def formula(ops, x):
+        patterns = ops.encode(ops.narrow(x, fmt), fmt)
+        marked = ops.strays if isinstance(ops, Float32Operations) else False
+        return jnp.stack([patterns, jnp.zeros(4000, jnp.uint16) + marked])
+
+    if formulation == "numpy":
+        ops = NumpyOperations()
+        found, marked = ops.encode(ops.narrow(values, fmt), fmt), np.zeros(4000, np.uint16)
+    else:
+        program = compile_exactly(lambda z, x: formula(operations_of(formulation, z), x), DEVICE)
+        found, marked = map(np.asarray, program(np.uint32(0), values))
+    nans = floats.is_nan(found, fmt) & floats.is_nan(expected, fmt)
+    wrong = (found != expected) & ~nans & (marked == 0)
+    assert not wrong.any(), values[wrong][0].hex()
+    assert np.mean(marked != 0) < 0.05
+    with np.errstate(over="ignore"):
+        through_float32 = floats.encode(values.astype(np.float32), fmt)
+    assert (through_float32 != expected).sum() > 500  # the cases are hard
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_float64_patterns_are_decoded_and_encoded_as_they_are(formulation):
+    doubles = np.array([1.5, -0.0, np.inf, 2.0**-1000, 1 + 2.0**-52]).view(np.uint64)
+    singles = np.array([1.5, -0.0, -np.inf, 2.0**-126, 3e38], np.float32)
+
+    def formula(ops, x, y):
+        return ops.encode(ops.decode(x, FLOAT64), FLOAT64), ops.encode(
+            ops.decode(y, FLOAT32), FLOAT64
+        )
+
+    if formulation == "numpy":
+        found = formula(NumpyOperations(), doubles, singles.view(np.uint32))
+    else:
+        program = compile_exactly(
+            lambda z, x, y: formula(operations_of(formulation, z), x, y), DEVICE
+        )
+        found = program(np.uint32(0), doubles, singles.view(np.uint32))
+    same = doubles, singles.astype(np.float64).view(np.uint64)
+    for a, b in zip(found, same, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)

@@ -1,0 +1,62 @@
+"""Where and with what a result was made: the attributes that every dataset carries."""
+
+import datetime
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jaxaudit.devices import Device
+
+SCHEMA_VERSION = "1"
+
+
+def provenance(device: Device) -> dict[str, Any]:
+    """Describe the device, the versions and the call that make a result."""
+    return {
+        "backend": device.platform,
+        "device": device.device_kind,
+        "jax_version": version_of("jax") or "unknown",
+        "jaxlib_version": version_of("jaxlib") or "unknown",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jaxaudit_version": version_of("jaxaudit") or "unknown",
+        "creation_library": "jaxaudit",
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "schema_version": SCHEMA_VERSION,
+        "Conventions": "CF-1.11",
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Return an installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Return the CPU's name; virtual machines hide all but the family."""
+    found = _cpu_table()
+    if not found:
+        return platform.processor()
+    name = found.get("model name", platform.processor())
+    return f"{name}, family {found.get('cpu family', '?')}, model {found.get('model', '?')}"
+
+
+def cpu_flags() -> str:
+    """Return what the CPU's instruction set offers, as far as the system tells: names between spaces."""
+    found = _cpu_table()
+    return found.get("flags", found.get("Features", ""))
+
+
+def _cpu_table() -> dict[str, str]:
+    """Read Linux's description of the first core; empty elsewhere."""
+    table = Path("/proc/cpuinfo")
+    if not table.exists():
+        return {}
+    pairs = [line.split(":", 1) for line in table.read_text().splitlines() if ":" in line]
+    return {key.strip(): value.strip() for key, value in reversed(pairs)}
