@@ -18,6 +18,9 @@ OWN = "jaxaudit"
 
 REFERENCES = {"ieee": "IEEE 754", "pytorch": "PyTorch"}
 
+#: Modes of the short table.
+SHORT_MODES = ("pytorch", "jit", "jit-reduced", "jaxaudit")
+
 _LINE = 110  # characters
 _HEADER = 12  # characters of a column's header
 
@@ -361,6 +364,12 @@ def markdown(
     return "\n".join(_row(line) for line in [[title, *modes], rule, *lines]) + "\n"
 
 
+def short(dataset: xr.Dataset) -> str:
+    """Lay out what differs from IEEE 754 in the modes that most people use, operations that are alike in one row."""
+    modes = [mode for mode in SHORT_MODES if mode in names(dataset, "mode")]
+    return markdown(dataset, modes=modes)
+
+
 def explanations(dataset: xr.Dataset) -> str:
     """List each distinct cause with its remedy, and where it applies; numbered as in `markdown`."""
     found = cells(dataset)
@@ -376,6 +385,7 @@ def report(dataset: xr.Dataset) -> str:
     """Return a page: where it was computed, every operation against each reference, what explains it."""
     found = cells(dataset)
     parts = ["# Rounding certificate", "\n".join(f"- {line}" for line in _provenance(dataset))]
+    parts += ["## In short", short(dataset).rstrip()]
     for reference in names(dataset, "reference"):
         if any(c.compared for (_, _, r), c in found.items() if r == reference):
             parts += [
