@@ -417,7 +417,13 @@ def test_causes_of_many_clauses_are_taken_apart():
 
 def test_report_is_complete():
     page = tables.report(certificate())
-    for part in ("## In short", "## Against IEEE 754", "## Against PyTorch", "## Explanations", "2.13.0"):
+    for part in (
+        "## In short",
+        "## Against IEEE 754",
+        "## Against PyTorch",
+        "## Explanations",
+        "2.13.0",
+    ):
         assert part in page
     assert "## Against PyTorch" not in tables.report(certificate(differences=NOTHING, torch=False))
 
