@@ -52,10 +52,10 @@ def test_a_quick_certificate_holds_for_every_operation():
     check_explanations(ds)
 
 
-#: Operations some of whose exact results lie midway between two numbers.
+#: Operations some of whose exact results lie midway between two numbers; quotients do only where they are subnormal.
 TIES = [
     "float32 to bfloat16", "float64 to float32", "float64 to bfloat16", "bfloat16 square",
-    *(f"{fmt} {name}" for fmt in ("bfloat16", "float32") for name in ("add", "subtract", "multiply", "divide")),
+    *(f"{fmt} {name}" for fmt in ("bfloat16", "float32") for name in ("add", "subtract", "multiply")),
     *(f"{fmt} {part}" for fmt in ("bfloat16", "float16") for part in ("lerp", "addcmul", "addcdiv", "add a multiple")),
 ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def check_counts(ds):
         assert (tried > 0).all(), tried.where(tried == 0, drop=True).operation.values
     ties = ds.compared_count.sel(reference="ieee", mode=JAXAUDIT, input_class="tie")
     for name in TIES:
-        assert ties.sel(operation=name) > 50, name
+        assert ties.sel(operation=name) > 5, name
 
 
 def check_explanations(ds):
