@@ -279,6 +279,18 @@ def test_unknown_operation_lists_the_known_ones(run, folder):
     assert tree(folder) == {}
 
 
+def test_what_another_check_keeps_is_not_lost(run, folder, monkeypatch):
+    def refuse(**given):
+        raise certificate.UnfinishedError("x.nc.unfinished keeps 3 operations of another check.")
+
+    monkeypatch.setattr(certificate, "cross_check", refuse)
+    (folder / "x.nc.unfinished").write_text("3 operations")
+    outcome = run("--output", "x.nc")
+    assert outcome.status == 2 and "keeps 3 operations of another check" in outcome.err
+    assert "continues" not in outcome.err and len(outcome.err.splitlines()) == 1
+    assert (folder / "x.nc.unfinished").read_text() == "3 operations"
+
+
 def test_other_value_errors_are_not_wrong_usage(run, cross_check):
     cross_check.error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):

@@ -187,17 +187,35 @@ def test_an_interrupted_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unfinished.nc"]
 
 
-def test_what_was_kept_under_other_circumstances_is_not_taken(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"jax_version": "0.0.1"}, "jax_version is '0.0.1' there and"),
+        ({"extent": "full"}, "extent is 'full' there and 'quick' here"),
+        ({"operations": "all"}, "operations is 'all' there and 'bfloat16 sqrt' here"),
+        ({"device": ""}, "keeps 1 finished operation of another check: device is ''"),
+    ],
+)
+def test_what_was_kept_under_other_circumstances_is_neither_taken_nor_lost(tmp_path, change, told):
     path = tmp_path / "unfinished.nc"
     jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
     kept = xr.load_dataset(path)
-    kept.attrs["jax_version"] = "0.0.1"
-    results.save(kept, path, overwrite=True)
-    ds = jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
-    assert not any("done already" in notice for notice in ds.attrs["notices"])
+    results.save(kept.assign_attrs(change), path, overwrite=True)
+    before = path.read_bytes()
+    with pytest.raises(certificate.UnfinishedError, match=told):
+        jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_not_lost(tmp_path):
+    path = tmp_path / "unfinished.nc"
     path.write_bytes(b"no NetCDF file")
-    ds = jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
-    assert xr.load_dataset(path).sizes["operation"] == 1
+    with pytest.raises(certificate.UnfinishedError, match="is not a file of finished operations"):
+        jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
+    assert path.read_bytes() == b"no NetCDF file"
+    xr.Dataset({"x": 1}).to_netcdf(path)
+    with pytest.raises(certificate.UnfinishedError, match="is not a file of finished operations"):
+        jaxaudit.cross_check("cpu", operations=OPERATIONS[:1], unfinished=path)
 
 
 def test_an_interruption_comes_through(monkeypatch):

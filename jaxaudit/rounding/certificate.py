@@ -70,7 +70,8 @@ def cross_check(
         operations: names of those to check; by default all.
         progress: told how many operands are done, of how many.
         unfinished: file that keeps the operations that are done, after each. If it is there and was written by
-            the same versions on the same machine, its operations are not run again. It is left in place.
+            the same call with the same versions on the same machine, its operations are not run again. It is left
+            in place.
 
     Returns:
         Dataset over (operation, mode, reference, input_class); see `results.ROUNDING_VARIABLES`.
@@ -78,6 +79,7 @@ def cross_check(
     Raises:
         BackendError: the backend is absent.
         ValueError: an operation is unknown.
+        UnfinishedError: `unfinished` keeps operations of another call, or is something else.
         OSError: `unfinished` cannot be written.
     """
     device = find_device(backend)
@@ -85,8 +87,9 @@ def cross_check(
     checks = _chosen(all_checks(platform), operations)
     torch, notices = _pytorch(device)
     attributes = _attributes(device, torch, full)
+    attributes["operations"] = "all" if operations is None else ", ".join(c.name for c in checks)
     kept = _Kept(Path(unfinished) if unfinished is not None else None, attributes)
-    rows = kept.load([check.name for check in checks])
+    rows = kept.load()
     if rows:
         notices.append(f"{len(rows)} operations were done already, in {kept.path}")
     counts = {c.name: _operands(c, full) for c in checks}
@@ -176,6 +179,10 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
+class UnfinishedError(ValueError):
+    """The file that is to keep finished operations holds something else, which is not to be lost."""
+
+
 class _Kept:
     """The file of operations that are done."""
 
@@ -185,25 +192,31 @@ class _Kept:
         self.path = path
         self._attributes = attributes
 
-    def load(self, wanted: Sequence[str]) -> dict[str, xr.Dataset]:
-        """Return the operations that were done under the same circumstances; those that are not wanted are left."""
+    def load(self) -> dict[str, xr.Dataset]:
+        """Return the operations that were done under the same circumstances.
+
+        Raises:
+            UnfinishedError: they were done under others, or the file is something else.
+        """
         if self.path is None or not self.path.is_file():
             return {}
         try:
             found = xr.load_dataset(self.path, engine="netcdf4")
-        except (OSError, ValueError):  # not a file of ours, or not a whole one
-            return {}
-        same = all(
-            found.attrs.get(key) == value or key in self._PASSING
-            for key, value in self._attributes.items()
-        )
-        if not same or "operation" not in found.dims:
-            return {}
-        names = [str(name) for name in found.operation.values]
+            names = [str(name) for name in found.operation.values]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UnfinishedError(
+                f"{self.path} is not a file of finished operations. Remove it, or choose another name."
+            ) from error
+        for key, value in self._attributes.items():
+            if key not in self._PASSING and found.attrs.get(key) != value:
+                raise UnfinishedError(
+                    f"{self.path} keeps {len(names)} finished {'operation' if len(names) == 1 else 'operations'} of "
+                    f"another check: {key} is "
+                    f"{str(found.attrs.get(key))[:60]!r} there and {str(value)[:60]!r} here. Finish that check, "
+                    "remove the file to give it up, or choose another output."
+                )
         return {
-            name: found.isel(operation=[k]).drop_attrs(deep=False)
-            for k, name in enumerate(names)
-            if name in wanted
+            name: found.isel(operation=[k]).drop_attrs(deep=False) for k, name in enumerate(names)
         }
 
     def save(self, rows: dict[str, xr.Dataset]) -> None:

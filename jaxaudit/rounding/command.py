@@ -140,6 +140,8 @@ def _certificate(
             progress=progress,
             unfinished=unfinished,
         )
+    except certificate.UnfinishedError as error:
+        raise Failure(str(error), WRONG_USAGE) from error
     except ValueError as error:
         if not str(error).startswith("unknown operation"):
             raise
@@ -164,7 +166,8 @@ def _kept(unfinished: Path) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; {_what_is_kept(unfinished)}") from error
     except Failure as failure:
-        if unfinished.exists():
+        foreign = isinstance(failure.__cause__, certificate.UnfinishedError)
+        if unfinished.exists() and not foreign:
             raise Failure(f"{failure} {_what_is_kept(unfinished)}", failure.status) from failure
         raise
 
