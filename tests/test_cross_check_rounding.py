@@ -19,7 +19,7 @@ import test_rounding_figures as made
 import xarray as xr
 
 from jaxaudit import results
-from jaxaudit.rounding import certificate, checks, command, figures
+from jaxaudit.rounding import certificate, checks, command, figures, tables
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cross_check_rounding.py"
 PNG = b"\x89PNG"
@@ -459,3 +459,14 @@ def test_reader_that_went_away_and_stdout_without_unicode():
     )
     os.close(write)
     assert outcome == (1, "", "") and Path("läuft 走.nc").exists()
+
+
+def test_the_kept_certificate_is_exact_and_the_pages_show_it():
+    root = SCRIPT.parents[1]
+    dataset = xr.load_dataset(root / "results" / "rounding_cpu.nc")
+    assert dataset.attrs["extent"] == "full"
+    assert not tables.differs_from_ieee(dataset)
+    assert not any("not explained" in str(cause) for cause in dataset.cause.values.flat)
+    page = (root / "results" / "rounding_cpu.md").read_text(encoding="utf-8")
+    assert page == tables.report(dataset)
+    assert tables.short(dataset) in (root / "README.md").read_text(encoding="utf-8")
