@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,9 @@ REFERENCES: dict[str, str] = {
 
 #: Told after each block: elements done, and elements in all.
 Progress = Callable[[int, int], None]
+
+#: Blocks that are compared at the same time: each takes some 100 MB.
+_MOST_WORKERS = 4
 
 #: Sum over blocks of every comparison, by mode and reference.
 Tallies = dict[tuple[str, str], Tally]
@@ -100,6 +104,7 @@ def cross_check(
             if check.name not in rows:
                 rows[check.name] = _row(check, counts[check.name], device, torch, meter)
                 kept.save(rows)
+                gc.collect()  # compiled programs and what they compute refer to each other
     found = xr.concat(
         [rows[c.name] for c in checks], "operation", coords="minimal", compat="override"
     )
@@ -261,13 +266,14 @@ def _in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
 
     An interruption waits for what has been begun, which is one block per thread.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores or 1, _MOST_WORKERS)
     begun: list[Future[Any]] = []
     with ThreadPoolExecutor(workers) as pool:
         try:
             for k in range(count):
                 begun.append(pool.submit(work, k))
-                if len(begun) > 2 * (workers or 1):
+                if len(begun) > 2 * workers:
                     yield begun.pop(0).result()
             while begun:
                 yield begun.pop(0).result()
