@@ -52,6 +52,11 @@ class Format:
         return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(self.name, self.name))
 
     @property
+    def bias(self) -> int:
+        """What is added to an exponent to store it, which is also the largest exponent of a finite number."""
+        return (1 << (self.exponent_bits - 1)) - 1
+
+    @property
     def sign_bit(self) -> int:
         """Pattern of -0."""
         return 1 << (self.width - 1)
@@ -112,9 +117,9 @@ def is_nan(patterns: Any, fmt: Format) -> Any:
     return (patterns & (fmt.sign_bit - 1)) > fmt.infinity
 
 
-def differ(a: Any, b: Any) -> Any:
-    """Tell which float32 patterns differ, all NaNs being alike; NumPy and JAX arrays alike."""
-    return (a != b) & ~(is_nan(a, FLOAT32) & is_nan(b, FLOAT32))
+def differ(a: Any, b: Any, fmt: Format = FLOAT32) -> Any:
+    """Tell which patterns differ, all NaNs being alike; NumPy and JAX arrays alike."""
+    return (a != b) & ~(is_nan(a, fmt) & is_nan(b, fmt))
 
 
 def is_nonfinite(patterns: Patterns, fmt: Format) -> NDArray[np.bool_]:

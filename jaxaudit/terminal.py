@@ -16,6 +16,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
+def described_parser(program: str, described: str) -> Parser:
+    """Return a parser whose help begins with the first paragraph of a text and ends with the others."""
+    first, *others = described.split("\n\n")
+    return Parser(
+        prog=program,
+        description=first,
+        epilog="\n\n".join(others),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_usual_options(p: Parser) -> None:
+    """Add what every command offers."""
+    p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument("--version", action="store_true", help="print the version and exit")
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command with whole streams; return its exit status, 130 where it was interrupted."""
+    replace_closed_streams()
+    try:
+        return command()
+    except SystemExit as done:  # argparse: --help, or wrong usage, already explained
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; no result was written", file=sys.stderr)
+        return 130
+
+
 def put(text: str, program: str) -> int:
     """Write to stdout; return 2 where that fails. A reader that went away is no failure."""
     encoding = sys.stdout.encoding or "utf-8"

@@ -20,21 +20,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import Parser, progress_bar, put, replace_closed_streams
+from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
 
 _NAME = "cross_check_rounding.py"
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    described = __doc__ or ""
-    p = Parser(
-        prog=_NAME,
-        description=described.split("\n\n")[0],
-        epilog="\n\n".join(described.split("\n\n")[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = described_parser(_NAME, __doc__ or "")
     p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
     extent = p.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="a sample of operands (default)")
@@ -47,23 +40,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--table", metavar="PATH", help="tables and explanations as Markdown")
     p.add_argument("--plots", metavar="DIR", help="figures as PNG")
-    p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    p.add_argument("--quiet", action="store_true", help="no progress")
-    p.add_argument("--version", action="store_true", help="print the version and exit")
+    add_usual_options(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    replace_closed_streams()
-    try:
-        return _main(parser().parse_args(argv))
-    except SystemExit as done:  # argparse: --help, or wrong usage, already explained
-        return done.code if isinstance(done.code, int) else 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; no result was written", file=sys.stderr)
-        return 130
+    return run(lambda: _main(parser().parse_args(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -15,19 +15,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import Parser, progress_bar, put, replace_closed_streams
+from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    described = __doc__ or ""
-    p = Parser(
-        prog="run_audit.py",
-        description=described.split("\n\n")[0],
-        epilog="\n\n".join(described.split("\n\n")[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = described_parser("run_audit.py", __doc__ or "")
     p.add_argument("recording", nargs="?", help="the recording (default: the sample)")
     p.add_argument("--token-groups", metavar="FILE", help="sets of tokens to count by")
     p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
@@ -44,23 +37,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", metavar="PATH", help="tables, one per group: PATH-GROUP-ARITHMETIC")
     p.add_argument("--plots", metavar="DIR", help="figures as PNG")
     p.add_argument("--expect", metavar="NAME", help="exit 1 unless it replays exactly under NAME")
-    p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    p.add_argument("--quiet", action="store_true", help="no progress")
-    p.add_argument("--version", action="store_true", help="print the version and exit")
+    add_usual_options(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    replace_closed_streams()
-    try:
-        return _main(parser().parse_args(argv))
-    except SystemExit as done:  # argparse: --help, or wrong usage, already explained
-        return done.code if isinstance(done.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted; no result was written", file=sys.stderr)
-        return 130
+    return run(lambda: _main(parser().parse_args(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

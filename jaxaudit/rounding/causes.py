@@ -678,8 +678,7 @@ class _Trial:
 
     def same(self, a: Patterns, b: Patterns) -> NDArray[np.bool_]:
         """Tell which patterns are the same; all NaNs are alike."""
-        nan = floats.is_nan(a, self._format) & floats.is_nan(b, self._format)
-        return (a == b) | nan
+        return ~floats.differ(a, b, self._format)
 
     def agrees(self, traits: Traits, target: Patterns) -> NDArray[np.bool_]:
         return self.same(self.simulate(traits), target)

@@ -27,6 +27,7 @@ from jaxaudit.rounding.modes import (
     Runner,
     formula_in_numpy,
     observed_format,
+    platform_of,
 )
 from jaxaudit.rounding.operands import Operands
 from jaxaudit.rounding.tally import (
@@ -87,8 +88,7 @@ def cross_check(
         OSError: `unfinished` cannot be written.
     """
     device = find_device(backend)
-    platform: Platform = "cpu" if device.platform == "cpu" else "cuda"
-    checks = _chosen(all_checks(platform), operations)
+    checks = _chosen(all_checks(platform_of(device)), operations)
     torch, notices = _pytorch(device)
     attributes = _attributes(device, torch, full)
     attributes["operations"] = "all" if operations is None else ", ".join(c.name for c in checks)
@@ -236,9 +236,7 @@ def _row(check: Check, operands: Operands, device: Device, torch: Any, meter: _M
     """Run one operation over all its operands, and label what was found."""
     runner = Runner(check, device, torch, check.quick().block(0))
     tallies, compared = _sweep(check, operands, runner, meter)
-    return _labelled(
-        check, operands, tallies, compared, "cpu" if device.platform == "cpu" else "cuda"
-    )
+    return _labelled(check, operands, tallies, compared, platform_of(device))
 
 
 def _sweep(

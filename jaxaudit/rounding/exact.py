@@ -39,7 +39,7 @@ _RANKED = {
 _BLOCK = 1 << 15
 
 #: The binades that `binade_of` tells apart: of zero and below 2^-149, and of what is not finite.
-_LOWEST_BINADE, _HIGHEST_BINADE = -150, 128
+LOWEST_BINADE, HIGHEST_BINADE = -150, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ def binade_of(patterns: Patterns, fmt: Format) -> NDArray[np.int16]:
     binade = np.empty(flat.size, np.int16)
     for block in _blocks(flat.size):
         exponent = (flat[block] >> FLOAT64.significand_bits).astype(np.int16) & 0x7FF
-        binade[block] = (exponent - _bias(FLOAT64)).clip(_LOWEST_BINADE, _HIGHEST_BINADE)
+        binade[block] = (exponent - FLOAT64.bias).clip(LOWEST_BINADE, HIGHEST_BINADE)
     return binade.reshape(np.shape(patterns))
 
 
@@ -233,7 +233,7 @@ def _decoded(wide: NDArray[np.uint64], fmt: Format) -> Float64:
     """
     shift = FLOAT64.significand_bits - fmt.significand_bits
     magnitude = (wide & (fmt.sign_bit - 1)) << shift
-    value = magnitude.view(np.float64) * _power(_bias(FLOAT64) - _bias(fmt))
+    value = magnitude.view(np.float64) * _power(FLOAT64.bias - fmt.bias)
     bits = value.view(np.uint64)
     bits |= (wide & fmt.sign_bit) << (FLOAT64.width - fmt.width)
     special = magnitude >= fmt.infinity << shift
@@ -260,10 +260,10 @@ def _rounded(value: Float64, fmt: Format) -> Rounded:
     words = _words(value, fmt)
     stored = words.itemsize * 8 - 1 - FLOAT64.exponent_bits
     dropped = stored - fmt.significand_bits
-    least, beyond = ((_bias(FLOAT64) + 1 + e) << stored for e in (-_bias(fmt), _bias(fmt)))
+    least, beyond = ((FLOAT64.bias + 1 + e) << stored for e in (-fmt.bias, fmt.bias))
     magnitude = words & words.dtype.type((1 << (words.itemsize * 8 - 1)) - 1)
     ordinary = magnitude - least < beyond - least  # what is smaller than `least` wraps around
-    patterns = _cut(magnitude, dropped, (_bias(FLOAT64) - _bias(fmt)) << fmt.significand_bits)
+    patterns = _cut(magnitude, dropped, (FLOAT64.bias - fmt.bias) << fmt.significand_bits)
     patterns = patterns.astype(fmt.pattern_dtype)
     patterns |= (words >> (words.itemsize * 8 - fmt.width)).astype(patterns.dtype) & fmt.sign_bit
     tie = (magnitude & ((1 << dropped) - 1)) == 1 << (dropped - 1)
@@ -310,7 +310,7 @@ def _rounded_beyond(value: Float64, fmt: Format) -> Rounded:
     from `offset` on, so that the sum with it is rounded there, and its remainder is exact.
     """
     size = np.abs(value)
-    least = _power(1 - _bias(fmt))
+    least = _power(1 - fmt.bias)
     spacing = least * _power(-fmt.significand_bits)
     offset = spacing * _power(FLOAT64.significand_bits)
     shifted = np.minimum(size, least) + offset
@@ -326,7 +326,7 @@ def _kept(value: Float64, fmt: Format) -> Rounded:
     """Give float64 values as they are; `fmt` is their format."""
     patterns = np.where(np.isnan(value), np.uint64(_quiet_nan(fmt)), value.view(np.uint64))
     size = np.abs(value)
-    tiny = (size > 0) & (size < _power(1 - _bias(fmt)))
+    tiny = (size > 0) & (size < _power(1 - fmt.bias))
     return Rounded(patterns, np.zeros(value.shape, np.bool_), tiny)
 
 
@@ -361,11 +361,6 @@ def _binade_table(fmt: Format) -> NDArray[np.int16]:
     """Return the binade of every pattern of a 16-bit format."""
     value = decode64(np.arange(1 << fmt.width, dtype=fmt.pattern_dtype), fmt)
     return binade_of(value.view(np.uint64), FLOAT64)
-
-
-def _bias(fmt: Format) -> int:
-    """Return what is added to an exponent to store it, which is also the largest exponent."""
-    return (1 << (fmt.exponent_bits - 1)) - 1
 
 
 def _power(exponent: int) -> np.float64:

@@ -26,7 +26,7 @@ from jaxaudit.operations import (
     compile_exactly,
     operations_of,
 )
-from jaxaudit.rounding.checks import Check
+from jaxaudit.rounding.checks import Check, Platform
 
 PYTORCH, REDUCED = "pytorch", "jit-reduced"
 JAXAUDIT, JAXAUDIT32, JAXAUDIT64 = "jaxaudit", "jaxaudit-float32", "jaxaudit-float64"
@@ -96,6 +96,11 @@ def observed_format(check: Check, mode: str) -> Format:
     if mode != REDUCED:
         return check.result
     return FLOAT64 if check.result is FLOAT64 else FLOAT32
+
+
+def platform_of(device: Device) -> Platform:
+    """Tell which kernels of PyTorch run where JAX does."""
+    return "cpu" if device.platform == "cpu" else "cuda"
 
 
 class Runner:
@@ -187,14 +192,11 @@ class Runner:
         with jax.enable_x64(True), jax.default_device(self._device):
             found, marked = self._formulate("float32", trial)
         wanted = formulated_in_numpy(self._check, trial)
-        same = (found == wanted) | (
-            floats.is_nan(found, self._check.result) & floats.is_nan(wanted, self._check.result)
-        )
-        return bool((same | marked).all())
+        return not (floats.differ(found, wanted, self._check.result) & ~marked).any()
 
     def _run_torch(self, operands: Sequence[Patterns]) -> Patterns:
         torch, check = self._torch, self._check
-        place = "cpu" if self._device.platform == "cpu" else "cuda"
+        place = platform_of(self._device)
         tensors = [
             torch.from_numpy(p.view(f"int{f.width}")).view(getattr(torch, f.name)).to(place)
             for p, f in zip(operands, check.formats, strict=True)

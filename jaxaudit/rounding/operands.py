@@ -238,8 +238,8 @@ def _realistic(
     operands = [_random_bits(rng, fmt, count) for fmt in formats]
     exponents = _KINDS[kind].exponents(rng, formats, count)
     for operand, exponent, fmt in zip(operands, exponents, formats, strict=True):
-        exponent += _bias(fmt)
-        np.clip(exponent, 0, 2 * _bias(fmt), out=exponent)
+        exponent += fmt.bias
+        np.clip(exponent, 0, 2 * fmt.bias, out=exponent)
         field = exponent.astype(fmt.pattern_dtype)
         field <<= fmt.pattern_dtype.type(fmt.significand_bits)
         operand &= fmt.pattern_dtype.type(fmt.sign_bit | ((1 << fmt.significand_bits) - 1))
@@ -302,7 +302,7 @@ def _any_exponents(rng: np.random.Generator, formats: _Formats, count: int) -> l
 
 
 def _similar_exponents(rng: np.random.Generator, formats: _Formats, count: int) -> list[_Exponents]:
-    common = _small_integers(rng, max(-30, *(2 - _bias(f) for f in formats)), 4, count)
+    common = _small_integers(rng, max(-30, *(2 - f.bias for f in formats)), 4, count)
     return [common + _small_integers(rng, -2, 3, count) for _ in formats]
 
 
@@ -323,7 +323,7 @@ def _product_exponents(rng: np.random.Generator, formats: _Formats, count: int) 
 
 
 def _adam_exponents(rng: np.random.Generator, formats: _Formats, count: int) -> list[_Exponents]:
-    size = _small_integers(rng, max(-24, (1 - _bias(formats[2])) // 2), 4, count)
+    size = _small_integers(rng, max(-24, (1 - formats[2].bias) // 2), 4, count)
     exp_avg, squared, grad = (_small_integers(rng, -2, 3, count) for _ in range(3))
     return [_small_integers(rng, -12, 3, count), size + exp_avg, 2 * size + squared, size + grad]
 
@@ -362,7 +362,7 @@ def _next_to_midpoint(
     bits = target.significand_bits
     field = below >> bits
     integer = (below & ((1 << bits) - 1)) | (field > 0).astype(np.int64) << bits
-    scale = np.maximum(field, 1) - _bias(target) - bits - 1
+    scale = np.maximum(field, 1) - target.bias - bits - 1
     # Next to the midpoint means less than an ulp of any format between the two, if there is one.
     distance = np.int64(1) << rng.integers(0, max(1, fmt.significand_bits - bits), below.size)
     nudge = _nudges(rng, below.size) * np.where(_flips(rng, below.size), distance, 1)
@@ -386,7 +386,7 @@ def _special(rng: np.random.Generator, formats: Sequence[Format], count: int) ->
 def _squares(rng: np.random.Generator, formats: Sequence[Format], count: int) -> Sequence[Patterns]:
     """Draw squares of short numbers, and numbers next to these; before them their roots, if asked."""
     root = _odd(rng, rng.integers(1, formats[-1].significand_bits // 2 + 2, count))
-    scale = rng.integers(-(_bias(formats[-1]) // 2), 0, count)
+    scale = rng.integers(-(formats[-1].bias // 2), 0, count)
     square = _patterns(root * root, 2 * scale, formats[-1], _nudges(rng, count), 0)
     return [_patterns(root, scale, f, 0, _flips(rng, count)) for f in formats[:-1]] + [square]
 
@@ -426,7 +426,7 @@ def _overflowing_sums(
     """Draw one of the largest finite numbers and a few halves of its ulp, or next to that."""
     below, halves = rng.integers(1, 5, count), rng.integers(1, 12, count)
     negative = _flips(rng, count)
-    scale = np.full(count, _bias(formats[0]) - formats[0].significand_bits - 1)
+    scale = np.full(count, formats[0].bias - formats[0].significand_bits - 1)
     return [
         _signed(formats[0].infinity - below, formats[0], negative),
         _patterns(halves, scale, formats[1], _nudges(rng, count), negative),
@@ -489,7 +489,7 @@ def _quotient_ties(
     exponent = _common_exponents(rng, formats, count) // 2 - bits
     scale = np.where(ties, _half_smallest(formats), exponent)
     # Large divisors, so that the dividend is a normal number.
-    divisor_scale = rng.integers(0, min(map(_bias, formats)) - bits, count)
+    divisor_scale = rng.integers(0, min(fmt.bias for fmt in formats) - bits, count)
     return [
         _patterns(quotient * divisor, scale + divisor_scale, formats[0], _nudges(rng, count), 0),
         _patterns(divisor, divisor_scale, formats[1], 0, _flips(rng, count)),
@@ -519,8 +519,8 @@ def _near_quotient_ties(
 
 def _limits(rng: np.random.Generator, formats: Sequence[Format], count: int) -> Sequence[Patterns]:
     """Draw operands whose product or quotient is at an end of the normal or the subnormal numbers."""
-    narrow = min(formats, key=_bias)
-    lowest, highest = 1 - _bias(narrow), _bias(narrow)
+    narrow = min(formats, key=lambda fmt: fmt.bias)
+    lowest, highest = 1 - narrow.bias, narrow.bias
     edges = [highest, lowest, lowest - narrow.significand_bits]
     edge = rng.choice(edges, count) + rng.integers(-2, 3, count)
     first = rng.integers(lowest - narrow.significand_bits, highest + 1, count)
@@ -623,7 +623,7 @@ def _patterns(
     """
     bits = integer.astype(np.float64).view(np.int64)  # its exponent and significand, normalized
     top = fmt.infinity >> fmt.significand_bits
-    field = np.minimum((bits >> 52) - 1023 + scale + _bias(fmt), top)
+    field = np.minimum((bits >> 52) - 1023 + scale + fmt.bias, top)
     significand = ((bits & ((1 << 52) - 1)) | 1 << 52) >> (52 - fmt.significand_bits)
     # The hidden bit adds 1 to the exponent's field.
     above = (np.maximum(field, 1) - 1) << fmt.significand_bits
@@ -641,7 +641,7 @@ def _signed(magnitude: _Integers, fmt: Format, negative: _Integers | int) -> Pat
 def _landmarks(fmt: Format) -> _Integers:
     """List magnitudes at which something begins or ends: of zeros, subnormals, 1, infinity, NaNs."""
     bits, infinity = fmt.significand_bits, fmt.infinity
-    quiet, one = 1 << (bits - 1), _bias(fmt) << bits
+    quiet, one = 1 << (bits - 1), fmt.bias << bits
     subnormal = [0, 1, 2, 3, quiet - 1, quiet, quiet + 1, (1 << bits) - 2, (1 << bits) - 1]
     normal = [1 << bits, (1 << bits) + 1, one - 1, one, one + 1, one + quiet, one + (1 << bits)]
     large = [infinity - (1 << bits), infinity - 2, infinity - 1, infinity]
@@ -659,20 +659,15 @@ def _spread(integers: _Integers) -> _Integers:
     return integers[np.argsort(np.arange(integers.size) * 0.6180339887498949 % 1, kind="stable")]
 
 
-def _bias(fmt: Format) -> int:
-    """Tell the bias of the exponent, which is also the largest exponent of a finite number."""
-    return (1 << (fmt.exponent_bits - 1)) - 1
-
-
 def _half_smallest(formats: Sequence[Format]) -> int:
     """Tell the exponent of half the smallest subnormal of the format of the narrower range."""
-    fmt = min(formats, key=_bias)
-    return -_bias(fmt) - fmt.significand_bits
+    fmt = min(formats, key=lambda fmt: fmt.bias)
+    return -fmt.bias - fmt.significand_bits
 
 
 def _common_exponents(rng: np.random.Generator, formats: Sequence[Format], count: int) -> _Integers:
     """Draw exponents of normal numbers of all the formats, but the lowest of them."""
-    bias = min(map(_bias, formats))
+    bias = min(fmt.bias for fmt in formats)
     return rng.integers(2 - bias, bias + 1, count)
 
 

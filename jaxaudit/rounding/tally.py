@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from jaxaudit import floats
 from jaxaudit.floats import FLOAT64, Format, Patterns
-from jaxaudit.rounding.exact import INPUT_CLASSES, decode64
+from jaxaudit.rounding.exact import HIGHEST_BINADE, INPUT_CLASSES, LOWEST_BINADE, decode64
 
 #: Binades of IEEE results, with what lies beyond either end.
-BINADES = np.arange(-150, 129)
+BINADES = np.arange(LOWEST_BINADE, HIGHEST_BINADE + 1)
 
 #: What is told of a first difference.
 DIFFERENCE_FIELDS = ("operand_1", "operand_2", "operand_3", "operand_4", "wanted", "found")
@@ -152,8 +152,7 @@ def _differing(
     if left_out is not None:
         unequal &= ~left_out
     where = np.flatnonzero(unequal)
-    alike = floats.is_nan(found[where], fmt) & floats.is_nan(wanted[where], fmt)
-    return where[~alike]
+    return where[floats.differ(found[where], wanted[where], fmt)]
 
 
 def _widened(patterns: Patterns, fmt: Format, wide: Format) -> Patterns:
@@ -241,7 +240,7 @@ def position(values: NDArray[np.float64], fmt: Format) -> NDArray[np.float64]:
     For the format's own numbers it is `floats.ordered`: both zeros are 0, neighbours are 1 apart, whatever is as
     large as infinity or beyond the largest number's upper neighbour is infinity, and NaN lies one step beyond.
     """
-    least = 2 - (1 << (fmt.exponent_bits - 1))
+    least = 1 - fmt.bias
     with np.errstate(all="ignore"):
         size = np.abs(values)
         exponent = np.maximum(np.frexp(size)[1] - 1, least)
