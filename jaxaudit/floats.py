@@ -103,11 +103,13 @@ def round_to(values: NDArray[np.float32], fmt: Format) -> NDArray[np.float32]:
     return values if fmt is FLOAT32 else decode(encode(values, fmt), fmt)
 
 
-def round_scalar(value: float, fmt: Format) -> np.float32:
-    """Round a Python float the way PyTorch rounds a scalar operand: to float32, then to `fmt`.
+def round_scalar(value: float, fmt: Format) -> np.floating:
+    """Round a Python float the way PyTorch rounds a scalar operand: to float32, then to `fmt`; float64 keeps it.
 
     Source: `c10::Scalar::to<c10::BFloat16>` converts through float, so that the value is rounded twice.
     """
+    if fmt is FLOAT64:
+        return np.float64(value)
     with np.errstate(over="ignore", under="ignore"):
         return round_to(np.array([value], np.float64).astype(np.float32), fmt)[0]
 

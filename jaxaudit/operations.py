@@ -395,6 +395,34 @@ class Float64Operations:
         )  # fmt: skip
 
 
+class ExactOperations(Float64Operations):
+    """The same formulas before any rounding: in float64 throughout, nothing narrowed.
+
+    Products are kept from being fused with sums, so that every device gives the bits that NumPy's float64 does.
+    """
+
+    def round_to(self, value: Value, fmt: Format) -> Value:
+        return value
+
+    def narrow(self, a: Value, fmt: Format = FLOAT32) -> Value:
+        return a
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        return _guarded64(a * b, self._zero)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        return self.multiply(a, b) + c
+
+    def wide_fma(self, a: Value, b: Value, c: Value) -> Value:
+        return self.multiply(a, b) + c
+
+    def mkl_amd_sqrt(self, a: Value) -> Value:
+        return self.sqrt(a)
+
+    def _rounded(self, value: Value) -> Value:
+        return value
+
+
 #: A result below this is 2^-126 only after it was rounded to the spacing of subnormal numbers. x86 calls it tiny
 #: all the same, since it rounds below 2^-126 to 24 bits.
 _TINY = np.float64(2.0**-126 - 2.0**-151)

@@ -58,6 +58,28 @@ COORDINATES = {
     "fraction_bin": Field(
         ("fraction_bin",), "float64", "1", "fraction of the way to the neighbour away from zero"
     ),
+    "token": Field(("token",), "int64", "1", "token: row of the parameter, from 0"),
+    "quantile": Field(("quantile",), "float64", "1", "share of the elements at or below"),
+    "margin": Field(
+        ("margin",),
+        "int64",
+        "1",
+        "visibility margin, as floor of log2",
+        "log2 of the size of the exact update over half an ulp of the weight in its direction; the first and the "
+        "last bin hold everything beyond",
+    ),
+    "regime": Field(("regime",), "str", "1", "regime of a token"),
+    "measure": Field(
+        ("measure",),
+        "str",
+        "1",
+        "measure of displacement",
+        "ulp: in ulp of the weight before the step, a fraction where a binade edge is crossed; line: steps on the "
+        "ordered integer line of the weights' format",
+    ),
+    "norm": Field(("norm",), "str", "1", "norm over the elements of a token"),
+    "traced_token": Field(("traced_token",), "int64", "1", "token that is followed step by step"),
+    "remedy": Field(("remedy",), "str", "1", "what is done otherwise"),
     "operation": Field(("operation",), "str", "1", "operation"),
     "mode": Field(("mode",), "str", "1", "what computed it"),
     "reference": Field(("reference",), "str", "1", "what it is compared with"),

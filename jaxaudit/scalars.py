@@ -13,11 +13,11 @@ to float32 at the end (names that begin with `WIDE` stay doubles):
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxaudit.floats import FLOAT16, FLOAT32, Format, round_scalar
+from jaxaudit.floats import FLOAT16, FLOAT32, FLOAT64, Format, round_scalar
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import NumpyOperations
 from jaxaudit.steps import Scalars, Step
@@ -70,6 +70,11 @@ class Moment:
     nudge: Nudge = EXACT
 
     @property
+    def single(self) -> type[np.floating]:
+        """Return the type that implementations compute scalars in where they do so in float32; float64 in an exact step."""
+        return np.float64 if self.storage is FLOAT64 else np.float32
+
+    @property
     def corrected_beta2(self) -> float:
         """Return the beta2 of the bias correction."""
         given = self.given
@@ -81,17 +86,20 @@ class Moment:
             return 0.0, 0.0
         return self.given.beta1**self.t, self.corrected_beta2**self.t
 
-    def powers32(self) -> tuple[np.float32, np.float32]:
+    def powers32(self) -> tuple[np.floating, np.floating]:
         """Return beta1^t and beta2^t of float32 betas, as powf of the C library does (NumPy's scalars call it)."""
-        if math.isinf(self.t):
-            return F32(0), F32(0)
+        if self.single is not F32 or math.isinf(self.t):
+            power1, power2 = self.powers()
+            return self.single(power1), self.single(power2)
         betas = (F32(self.given.beta1), F32(self.corrected_beta2))
         ulps = (self.nudge.power1, self.nudge.power2)
         found = [_ulps_off(beta ** F32(self.t), k) for beta, k in zip(betas, ulps, strict=True)]
         return found[0], found[1]
 
-    def root32(self, value: np.float32) -> np.float32:
+    def root32(self, value: np.floating) -> np.floating:
         """Return the float32 square root."""
+        if self.single is not F32:
+            return np.sqrt(value)
         if self.square_root == "mkl-amd":
             return F32(NumpyOperations().mkl_amd_sqrt(np.array([value]))[0])
         return _ulps_off(np.sqrt(value), self.nudge.root)
@@ -120,7 +128,8 @@ def scalars_of(
         nudges: one for each timestep, where scalars are not known exactly.
 
     Returns:
-        Arrays of shape (T,): float32, or float64 where the formula asks for doubles.
+        Arrays of shape (T,): float32, or float64 where the formula asks for doubles. A step whose storage is
+        float64 has all its scalars in double, unrounded.
     """
     rates = given.learning_rate.tolist()
     rows = [
@@ -142,7 +151,7 @@ def scalars_of(
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for name in rows[0]:
             values = np.array([row[name] for row in rows], np.float64)
-            wide = name.startswith(WIDE)
+            wide = name.startswith(WIDE) or step.storage is FLOAT64
             found[name.removeprefix(WIDE)] = values if wide else values.astype(F32)
     return found
 
@@ -168,7 +177,7 @@ def torch(moment: Moment) -> dict[str, float]:
     """torch.optim.Adam with Python numbers: computed in double, rounded once."""
     given, rate = moment.given, moment.rate
     correction1, correction2 = (1 - power for power in moment.powers())
-    return _moments(given) | {
+    return _moments(given, moment.single) | {
         "decay": 1 - rate * given.weight_decay,
         "l2": given.weight_decay,
         "learning_rate": rate,
@@ -181,8 +190,8 @@ def torch(moment: Moment) -> dict[str, float]:
     }
 
 
-def _moments(given: Hyperparameters) -> dict[str, float]:
-    return _weights("exp_avg", 1 - given.beta1) | {
+def _moments(given: Hyperparameters, single: type[np.floating]) -> dict[str, float]:
+    return _weights("exp_avg", 1 - given.beta1, single) | {
         "beta2": given.beta2,
         "exp_avg_sq_weight": 1 - given.beta2,
     }
@@ -221,7 +230,8 @@ def single_reciprocal(rule: Rule) -> Rule:
     def single(moment: Moment) -> dict[str, float]:
         found = rule(moment)
         with np.errstate(divide="ignore"):
-            reciprocal = F32(1) / F32(found["bias_correction2_sqrt"])
+            single = moment.single
+            reciprocal = single(1) / single(found["bias_correction2_sqrt"])
         return found | {"reciprocal_bias_correction2_sqrt": float(reciprocal)}
 
     return single
@@ -232,7 +242,8 @@ def tensor_decay(rule: Rule) -> Rule:
 
     def with_tensor(moment: Moment) -> dict[str, float]:
         with np.errstate(all="ignore"):
-            decay = F32(1) - F32(moment.rate) * F32(moment.given.weight_decay)
+            single = moment.single
+            decay = single(1) - single(moment.rate) * single(moment.given.weight_decay)
         return rule(moment) | {"decay": float(decay)}
 
     return with_tensor
@@ -244,7 +255,7 @@ def tensor_rate(rule: Rule) -> Rule:
     def with_tensor(moment: Moment) -> dict[str, float]:
         found = tensor_decay(rule)(moment)
         with np.errstate(all="ignore"):
-            step_size = -(F32(moment.rate) / F32(found["bias_correction1"]))
+            step_size = -(moment.single(moment.rate) / moment.single(found["bias_correction1"]))
         return found | {"step_size": float(step_size)}
 
     return with_tensor
@@ -252,14 +263,14 @@ def tensor_rate(rule: Rule) -> Rule:
 
 def fused_cuda(moment: Moment) -> dict[str, float]:
     """Torch's fused CUDA kernel since 2.11: every hyperparameter is a float32, and so is what is made of them."""
-    given, rate = moment.given, F32(moment.rate)
+    given, single, rate = moment.given, moment.single, moment.single(moment.rate)
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        correction1, correction2 = (single(1) - power for power in moment.powers32())
         return {
             "beta1": given.beta1,
             "beta2": given.beta2,
             "l2": given.weight_decay,
-            "minus_rate_times_decay": float(-(rate * F32(given.weight_decay))),
+            "minus_rate_times_decay": float(-(rate * single(given.weight_decay))),
             "bias_correction2_sqrt": float(moment.root32(correction2)),
             "step_size": float(-(rate / correction1)),
             "epsilon": given.epsilon,
@@ -278,7 +289,7 @@ def fused_cuda_legacy(moment: Moment) -> dict[str, float]:
         WIDE + "l2": given.weight_decay,
         WIDE + "minus_rate_times_decay": -(moment.rate * given.weight_decay),
         "bias_correction2_sqrt": (1 - power2) ** 0.5,
-        "step_size": -_divide(moment.rate, float(F32(1 - power1))),
+        "step_size": -_divide(moment.rate, float(moment.single(1 - power1))),
         WIDE + "epsilon": given.epsilon,
     }
 
@@ -288,7 +299,7 @@ def capturable_loop(moment: Moment) -> dict[str, float]:
 
     A number divided by a tensor is the tensor's reciprocal times the number.
     """
-    return _capturable_loop(moment, torch(moment), lambda rate, x: (F32(1) / x) * rate)
+    return _capturable_loop(moment, torch(moment), lambda rate, x: (moment.single(1) / x) * rate)
 
 
 def capturable_loop_tensor_rate(moment: Moment) -> dict[str, float]:
@@ -297,13 +308,14 @@ def capturable_loop_tensor_rate(moment: Moment) -> dict[str, float]:
 
 
 def _capturable_loop(
-    moment: Moment, found: dict[str, float], divide: Callable[[np.float32, np.float32], np.float32]
+    moment: Moment, found: dict[str, float], divide: Callable[[Any, Any], Any]
 ) -> dict[str, float]:
+    single = moment.single
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32())
-        minus_size = -divide(F32(moment.rate), correction1)
+        correction1, correction2 = (single(1) - power for power in moment.powers32())
+        minus_size = -divide(single(moment.rate), correction1)
         divisor = moment.root32(correction2) * minus_size
-        epsilon = (F32(1) / minus_size) * F32(moment.given.epsilon)
+        epsilon = (single(1) / minus_size) * single(moment.given.epsilon)
     return found | {
         "capturable_divisor": float(divisor),
         "capturable_epsilon": float(epsilon),
@@ -312,9 +324,10 @@ def _capturable_loop(
 
 def capturable_foreach(moment: Moment) -> dict[str, float]:
     """capturable=True over lists of tensors; a float32 tensor as learning rate changes the decay only."""
+    single = moment.single
     with np.errstate(all="ignore"):
-        correction1, correction2 = (power - F32(1) for power in moment.powers32())
-        divisor = F32(1) / (correction1 / F32(moment.rate))
+        correction1, correction2 = (power - single(1) for power in moment.powers32())
+        divisor = single(1) / (correction1 / single(moment.rate))
         root = moment.root32(-correction2)
     return torch(moment) | {
         "bias_correction2_sqrt": float(root),
@@ -324,14 +337,14 @@ def capturable_foreach(moment: Moment) -> dict[str, float]:
 
 def torchao(moment: Moment) -> dict[str, float]:
     """Compute the scalars of torchao's `single_param_adam`: float32 scalars; the learning rate is a float32 tensor."""
-    given, rate = moment.given, F32(moment.rate)
+    given, single, rate = moment.given, moment.single, moment.single(moment.rate)
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        correction1, correction2 = (single(1) - power for power in moment.powers32())
         return {
-            **_weights("exp_avg", 1 - given.beta1),
-            **_weights("exp_avg_sq", 1 - given.beta2),
+            **_weights("exp_avg", 1 - given.beta1, single),
+            **_weights("exp_avg_sq", 1 - given.beta2, single),
             "l2": given.weight_decay,
-            "rate_times_decay": float(rate * F32(given.weight_decay)),
+            "rate_times_decay": float(rate * single(given.weight_decay)),
             "learning_rate": float(rate),
             "bias_correction1": float(correction1),
             "bias_correction2_sqrt": float(moment.root32(correction2)),
@@ -339,14 +352,14 @@ def torchao(moment: Moment) -> dict[str, float]:
         }
 
 
-def _weights(name: str, weight: float) -> dict[str, float]:
+def _weights(name: str, weight: float, single: type[np.floating]) -> dict[str, float]:
     """Return the weight of a lerp as ATen uses it, and as a compiler does that subtracts 1 in double."""
-    from_end = abs(F32(weight)) >= F32(0.5)
+    from_end = bool(abs(single(weight)) >= single(0.5))
     return {
-        f"{name}_weight": float(F32(weight) - F32(1)) if from_end else weight,
+        f"{name}_weight": float(single(weight) - single(1)) if from_end else weight,
         f"{name}_weight_of_double": weight - 1 if abs(weight) >= 0.5 else weight,
         f"{name}_from_end": float(from_end),
-        f"{name}_rest": float(F32(1) - F32(weight)),
+        f"{name}_rest": float(single(1) - single(weight)),
     }
 
 
@@ -354,7 +367,7 @@ def optimi(moment: Moment) -> dict[str, float]:
     """Warner's optimi: betas without their bias, in double, instead of bias corrections."""
     given, rate = moment.given, moment.rate
     beta1, beta2 = (_debiased(b, moment.t) for b in (given.beta1, given.beta2))
-    return _weights("exp_avg", 1 - beta1) | {
+    return _weights("exp_avg", 1 - beta1, moment.single) | {
         "beta2": beta2,
         "exp_avg_sq_weight": 1 - beta2,
         "decay": 1 - rate * given.weight_decay,
@@ -371,10 +384,10 @@ def _debiased(beta: float, t: float) -> float:
 
 def anyprecision(moment: Moment) -> dict[str, float]:
     """AnyPrecisionAdamW of torchdistx: bias corrections are float32 tensors."""
-    given = moment.given
+    given, single = moment.given, moment.single
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32())
-        step_size = -((F32(1) / correction1) * F32(moment.rate))
+        correction1, correction2 = (single(1) - power for power in moment.powers32())
+        step_size = -((single(1) / correction1) * single(moment.rate))
         root = moment.root32(correction2)
     weight = 1 - given.beta1
     if moment.first is moment.storage:  # `add(alpha=)` rounds alpha to the format
@@ -393,11 +406,11 @@ def anyprecision(moment: Moment) -> dict[str, float]:
 
 def optax(moment: Moment) -> dict[str, float]:
     """Optax: Python numbers take the format of the array that they meet; bias corrections are float32 before."""
-    given, rounded = moment.given, round_scalar
+    given, single, rounded = moment.given, moment.single, round_scalar
     storage, first = moment.storage, moment.first
     update = storage if storage is first else FLOAT32
     with np.errstate(all="ignore"):
-        correction1, correction2 = (F32(1) - power for power in moment.powers32())
+        correction1, correction2 = (single(1) - power for power in moment.powers32())
     return {
         "exp_avg_weight": float(rounded(1 - given.beta1, storage)),
         "beta1": float(rounded(given.beta1, first)),
@@ -406,13 +419,13 @@ def optax(moment: Moment) -> dict[str, float]:
         "l2": float(rounded(given.weight_decay, storage)),
         "epsilon": float(rounded(given.epsilon, storage)),
         "minus_rate": float(rounded(-moment.rate, update)),
-        "reciprocal_bias_correction1": _reciprocal(float(correction1), update),
-        "reciprocal_bias_correction2": _reciprocal(float(correction2), storage),
+        "reciprocal_bias_correction1": _reciprocal(float(correction1), update, single),
+        "reciprocal_bias_correction2": _reciprocal(float(correction2), storage, single),
     }
 
 
-def _reciprocal(correction: float, fmt: Format) -> float:
+def _reciprocal(correction: float, fmt: Format, single: type[np.floating]) -> float:
     """Return what XLA multiplies by instead of dividing: in float16 it is rounded to float16."""
     with np.errstate(all="ignore"):
-        reciprocal = F32(1) / F32(round_scalar(correction, fmt))
+        reciprocal = single(1) / single(round_scalar(correction, fmt))
     return float(round_scalar(float(reciprocal), FLOAT16) if fmt is FLOAT16 else reciprocal)

@@ -1,0 +1,111 @@
+"""Counts by timestep and token group: one integer code for each element says everything that is counted of it.
+
+A histogram of the codes then holds every count, exactly and in any order. Sizes (ratios of float64 numbers) become
+codes by their bits: `STEPS_PER_BINADE` bins to a factor of two, whose edges are float64 numbers without error.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from jaxaudit.devices import Device
+from jaxaudit.recording import TokenGroups
+
+#: Bins to a factor of two; a power of two.
+STEPS_PER_BINADE = 8
+
+#: Exponents of the first bin and of the end of the last; these two hold everything beyond.
+LOWEST, HIGHEST = -64, 64
+
+#: Bins of a size.
+SIZES = (HIGHEST - LOWEST) * STEPS_PER_BINADE
+
+#: Probabilities of the quantiles that datasets hold.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+_SHIFT = 52 - STEPS_PER_BINADE.bit_length() + 1
+
+
+def size_code(sizes: Any) -> Any:
+    """Return the bin of each size: int32 of 0 to SIZES - 1.
+
+    Args:
+        sizes: positive float64 numbers (JAX or NumPy); what comes of zero, infinity and NaN means nothing.
+    """
+    if isinstance(sizes, np.ndarray):
+        steps, clip = sizes.view(np.int64) >> _SHIFT, np.clip
+    else:
+        steps, clip = lax.bitcast_convert_type(sizes, jnp.int64) >> _SHIFT, jnp.clip
+    origin = (1023 + LOWEST) * STEPS_PER_BINADE
+    return clip(steps - origin, 0, SIZES - 1).astype(np.int32)
+
+
+def size_edges() -> NDArray[np.float64]:
+    """Return the lower edge of each bin of a size."""
+    exponent, part = np.divmod(np.arange(SIZES), STEPS_PER_BINADE)
+    return np.ldexp(1 + part / STEPS_PER_BINADE, exponent + LOWEST)
+
+
+def quantiles(histogram: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the lower edges of the bins that hold the quantiles, (..., len(QUANTILES)), from (..., SIZES).
+
+    The quantile of probability q is the smallest size with at least a share q at or below it, as NumPy's
+    "inverted_cdf"; the edge is less than a ninth below it. NaN where nothing was counted.
+    """
+    below = np.cumsum(histogram, axis=-1)
+    total = below[..., -1:]
+    found = [(below < np.ceil(q * total)).sum(axis=-1) for q in QUANTILES]
+    values = size_edges()[np.minimum(np.stack(found, axis=-1), SIZES - 1)]
+    return np.where(total > 0, values, np.nan)
+
+
+class GroupCounter:
+    """Counts the codes of a window's elements by timestep and token group.
+
+    Tokens that are in the same groups are counted together and added up afterwards, so that the time does not
+    depend on the number of overlapping groups.
+
+    Args:
+        groups: of tokens.
+        width: elements of a token.
+        device: where the codes are.
+    """
+
+    def __init__(self, groups: TokenGroups, width: int, device: Device):
+        member = np.zeros((groups.tokens, len(groups.members)), bool)
+        for k, tokens in enumerate(groups.members.values()):
+            member[tokens, k] = True
+        kinds, kind = np.unique(member, axis=0, return_inverse=True)
+        self._kinds = kinds.astype(np.int64)
+        self._kind = kind.reshape(-1)
+        self._width, self._device = width, device
+        self._offsets: dict[tuple[tuple[int, int], int], jax.Array] = {}
+
+    def offsets(self, rows: tuple[int, int], bins: int) -> jax.Array:
+        """Return what a program adds to the codes, int32 (elements,): it tells the kinds of tokens apart.
+
+        Args:
+            rows: the window's tokens.
+            bins: number of codes.
+        """
+        key = (rows, bins)
+        if key not in self._offsets:
+            kind = np.repeat(self._kind[slice(*rows)] * bins, self._width)
+            self._offsets[key] = jax.device_put(kind.astype(np.int32), self._device)
+        return self._offsets[key]
+
+    def count(self, codes: jax.Array, steps: int, bins: int) -> NDArray[np.int64]:
+        """Count on the host: (steps, groups, bins) of the first `steps` rows of codes.
+
+        Args:
+            codes: int32 (length, elements), each of 0 to bins - 1 with the element's offset added.
+            steps: how many rows count.
+            bins: number of codes.
+        """
+        rows, kinds = np.asarray(codes)[:steps], len(self._kinds)
+        found = np.stack([np.bincount(row, minlength=kinds * bins) for row in rows])
+        return np.einsum("tkb,kg->tgb", found.reshape(steps, kinds, bins), self._kinds)
