@@ -15,7 +15,6 @@ from jaxaudit.comparison import (
     TINY,
     UNREPRESENTABLE,
     max_groups,
-    members_within,
     sum_groups,
 )
 from jaxaudit.floats import FLOAT16, Format
@@ -174,13 +173,19 @@ class Accountant:
     ):
         self._bench, self._tables = bench, tables
         self._candidates, self._divergence = candidates, divergence
+        #: Whether steps before the audited ones must be read for what was not recorded.
+        self.needs_run_up = any(bench.hidden(candidate) for candidate in candidates)
         for a, candidate in enumerate(candidates):
             tables.mark_audited(a, bench.stages(candidate))
 
-    def account(self, window: Window) -> None:
-        """Replay and compare one window under every arithmetic."""
-        arrays = self._bench.put(window)
-        members = members_within(self._tables.groups, window.rows)
+    def account(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
+        """Replay and compare one window under every arithmetic.
+
+        Args:
+            window: the window.
+            arrays: its recorded patterns, on the device.
+            members: each group's rows in it.
+        """
         param = self._bench.comparison.inspect(
             arrays["param"], self._bench.recording.storage, self._bench.recording.storage
         )

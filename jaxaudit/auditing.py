@@ -1,9 +1,10 @@
 """The audit: replay every recorded step, compare, label."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ import xarray as xr
 
 from jaxaudit import results, stochastic
 from jaxaudit.accounting import Accountant, Divergence, Tables
+from jaxaudit.comparison import members_within
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
+from jaxaudit.ledger.subject import LedgerOptions, Subject
 from jaxaudit.provenance import provenance
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, token_groups_of
 from jaxaudit.safetensors_file import FileError
@@ -23,6 +26,8 @@ from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 #: Told after each window: bytes of the recording done, and bytes in all.
 Progress = Callable[[int, int], None]
+
+_USUAL = LedgerOptions()
 
 
 def audit(
@@ -57,7 +62,7 @@ def audit(
         SelfTestError: the device cannot compute what the audit needs.
     """
     request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
-    return _audit(request, run_freely=False)[0]
+    return _audit(request)[""]
 
 
 def free_run(
@@ -92,10 +97,10 @@ def free_run(
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
     request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
-    return _audit(request, run_freely=True)[1]
+    return _audit(request, run_freely=True)["free_run"]
 
 
-def audit_and_free_run(
+def audit_groups(
     recording: Recording,
     groups: TokenGroups | None = None,
     *,
@@ -104,10 +109,37 @@ def audit_and_free_run(
     steps: tuple[int, int] | None = None,
     window_steps: int | None = None,
     progress: Progress | None = None,
-) -> tuple[xr.Dataset, xr.Dataset]:
-    """Return what `audit` and `free_run` return, from one reading of the recording."""
+    ledger: LedgerOptions | None = _USUAL,
+) -> dict[str, xr.Dataset]:
+    """Do everything that there is to do with a recording, in one reading.
+
+    Args:
+        recording: the run.
+        groups: as for `audit`; so are all other arguments but the last.
+        arithmetics: which; the ledger follows the first that fits.
+        backend: where JAX runs.
+        steps: range of steps.
+        window_steps: steps per window.
+        progress: called after each window.
+        ledger: what is asked of the ledger; None for no ledger.
+
+    Returns:
+        The dataset of each group of the file: under "" what `audit` returns, under "free_run" what `free_run`
+        does, and those of the ledger (`ledger.variables`), without those that the recording lacks tensors for.
+
+    Raises:
+        FileError, ValueError, BackendError, SelfTestError: as `audit`.
+    """
     request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
-    return _audit(request, run_freely=True)
+    return _audit(request, run_freely=True, ledger=ledger)
+
+
+def audit_tree(
+    recording: Recording, groups: TokenGroups | None = None, **options: Any
+) -> xr.DataTree:
+    """Return what `audit_groups` does as a tree, as `xr.open_datatree` shows the file; arguments are the same."""
+    found = audit_groups(recording, groups, **options)
+    return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in found.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,35 +155,88 @@ class _Request:
     progress: Progress | None
 
 
-def _audit(request: _Request, *, run_freely: bool) -> tuple[xr.Dataset, xr.Dataset]:
-    recording, progress = request.recording, request.progress
+def _audit(
+    request: _Request, *, run_freely: bool = False, ledger: LedgerOptions | None = None
+) -> dict[str, xr.Dataset]:
+    """Return the dataset of each group of the file, the root's under ""."""
+    if ledger:
+        from jaxaudit.ledger.ledger import Ledger  # TEMPORARY
+    recording = request.recording
     groups = request.groups or token_groups_of(recording)
     check_names(request.arithmetics)
     _check_groups(recording, groups)
     steps = check_steps(recording, request.steps)
     device = find_device(request.backend)
-    with jax.enable_x64(True), jax.default_device(device):
+    with (
+        jax.enable_x64(True),
+        jax.default_device(device),
+        contextlib.ExitStack() as unfinished,
+    ):
         bench = Workbench(recording, device, steps, request.window_steps)
-        candidates = choose(bench, request.arithmetics)
+        choice = choose(bench, request.arithmetics)
+        candidates = choice.candidates
         tables = Tables(recording, groups, len(candidates), steps)
         divergence = Divergence(bench, tables, candidates) if run_freely else None
         accountant = Accountant(bench, tables, candidates, divergence)
-        if steps[0] > 1 and any(bench.hidden(candidate) for candidate in candidates):
-            for window in bench.windows((1, steps[0])):
-                accountant.run_up(window)
-        done, total = 0, bench.bytes(steps)
-        for window in bench.windows(steps):
-            accountant.account(window)
-            done += sum(array.nbytes for array in window.tensors.values())
-            if progress:
-                progress(min(done, total), total)
+        book = None
+        if ledger:
+            subject = Subject(bench, choice.nearest, groups, steps)
+            book = unfinished.enter_context(Ledger(subject, ledger))
+        _read(bench, request, accountant, book, groups)
         kept = _kept(tables, candidates)
+        exact = choice.nearest is not None and _replays(tables, candidates.index(choice.nearest))
         tables.keep(kept)
         candidates = [candidates[k] for k in kept]
         if divergence:
             divergence.keep(kept)
-    dataset = _label(bench, tables, candidates)
-    return dataset, _label_free_run(dataset, divergence) if divergence else xr.Dataset()
+        found = {"": _label(bench, tables, candidates)}
+        if divergence:
+            found["free_run"] = _label_free_run(found[""], divergence)
+        if book:
+            found |= book.datasets()
+            found[""] = _with_verdict(found, choice.nearest, exact=exact)
+    return found
+
+
+def _read(
+    bench: Workbench,
+    request: _Request,
+    accountant: Accountant,
+    book: "Any | None",
+    groups: TokenGroups,
+) -> None:
+    """Take every window into the audit, and into the ledger."""
+    if bench.steps[0] > 1 and accountant.needs_run_up:
+        for window in bench.windows((1, bench.steps[0])):
+            accountant.run_up(window)
+    done, total = 0, bench.bytes(bench.steps)
+    for window in bench.windows(bench.steps):
+        arrays, members = bench.put(window), members_within(groups, window.rows)
+        accountant.account(window, arrays, members)
+        if book:
+            book.take(window, arrays, members)
+        done += sum(array.nbytes for array in window.tensors.values())
+        if request.progress:
+            request.progress(min(done, total), total)
+
+
+def _replays(tables: Tables, a: int) -> bool:
+    """Tell whether every audited stage of a candidate came out without a mismatch."""
+    return bool(tables.audited[a].any() and not np.maximum(tables.mismatches[a], 0).any())
+
+
+def _with_verdict(
+    found: Mapping[str, xr.Dataset], subject: Candidate | None, *, exact: bool
+) -> xr.Dataset:
+    """Say at the root what the ledger followed, and what it found."""
+    from jaxaudit.ledger import verdict  # TEMPORARY
+
+    followed = "" if subject is None else subject.arithmetic.label
+    return found[""].assign_attrs(
+        ledger_arithmetic=followed,
+        ledger_arithmetic_replays_exactly=int(exact),
+        verdict=_json(verdict.as_json(verdict.sentences(found))),
+    )
 
 
 def _kept(tables: Tables, candidates: Sequence[Candidate]) -> list[int]:

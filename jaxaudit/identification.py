@@ -378,23 +378,37 @@ def identify(
         return _label(identifier, ranked, recording.hyperparameters, confirm)
 
 
-def choose(bench: Workbench, wanted: str | Sequence[str]) -> list[Candidate]:
-    """Turn what was asked for into arithmetics with options.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What an audit replays.
 
-    A name can come several times, with different variants; the one to keep is that with the fewest mismatches.
+    Attributes:
+        candidates: arithmetics with options. A name can come several times, with different variants; the one to
+            keep is that with the fewest mismatches.
+        nearest: the first of them that fits the probes, else the first; None where there is none.
     """
-    chosen: list[Candidate] = []
-    identifier = Identifier(bench)
+
+    candidates: list[Candidate]
+    nearest: Candidate | None
+
+
+def choose(bench: Workbench, wanted: str | Sequence[str]) -> Choice:
+    """Turn what was asked for into arithmetics with options."""
     if bench.recording.hyperparameters is None:
-        return []
+        return Choice([], None)
+    chosen: list[Finding] = []
+    identifier = Identifier(bench)
     for name in _listed(wanted):
         if name == "auto":
             chosen += _identified(identifier)
         elif name == "all":
-            chosen += [f.candidate for each in CATALOGUE for f in identifier.named(each)]
+            chosen += [f for each in CATALOGUE for f in identifier.named(each)]
         else:
-            chosen += [f.candidate for f in identifier.named(name)]
-    return [c for k, c in enumerate(chosen) if not any(_alike(c, d) for d in chosen[:k])]
+            chosen += identifier.named(name)
+    fitting = [f.candidate for f in chosen if f.fits]
+    every = [f.candidate for f in chosen]
+    unlike = [c for k, c in enumerate(every) if not any(_alike(c, d) for d in every[:k])]
+    return Choice(unlike, next(iter(fitting + unlike), None))
 
 
 def _alike(one: Candidate, other: Candidate) -> bool:
@@ -407,12 +421,12 @@ def _unique(findings: Sequence[Finding]) -> list[Finding]:
     return [f for k, f in enumerate(findings) if names.index(names[k]) == k]
 
 
-def _identified(identifier: Identifier) -> list[Candidate]:
+def _identified(identifier: Identifier) -> list[Finding]:
     """Return the arithmetics that fit the probes, else the nearest one, and the usual assumption."""
     ranked = identifier.rank()
-    fitting = [f.candidate for f in ranked if f.fits]
-    usual = [f.candidate for f in ranked if f.candidate.arithmetic.name == USUAL_ASSUMPTION]
-    return (fitting or [ranked[0].candidate]) + usual
+    fitting = [f for f in ranked if f.fits]
+    usual = [f for f in ranked if f.candidate.arithmetic.name == USUAL_ASSUMPTION]
+    return (fitting or [ranked[0]]) + usual
 
 
 def check_names(wanted: str | Sequence[str]) -> None:

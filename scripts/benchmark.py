@@ -8,12 +8,14 @@ Every job runs in a fresh process, so that its peak resident memory is its own, 
     read            two threads read the file into one buffer and sum it: no audit can be faster
     audit           all stages and norms under torch-cpu-loop
     audit-auto      the same under --arithmetic auto: identify, then replay two arithmetics
+    accounting      what scripts/run_audit.py --only accounting does: that, and the free run
+    ledger          what scripts/run_audit.py does: that, and where the updates went
     notebook        float32 Adam in PyTorch, norms and cosine of the dead rows (all, if none are dead)
     notebook-all    the same with norms and cosine of all rows
 
 `work` is what grows with the recording. For an audit it is taken from a second audit in the same process,
-which has nothing left to compile: the time from the end of its first window to the end of its last, scaled
-up by the one window (a recording of fewer than ten windows is cut into ten for that). `prepare` is how much
+which has nothing left to compile: the time from the end of its first window to its end, scaled up by the
+one window (a recording of fewer than ten windows is cut into ten for that). `prepare` is how much
 longer the first audit took: compilation, self-test, and identification for audit-auto. `start-up` is the
 rest of the process: interpreter, imports, exit. The three add up to `total`, what one waits for. The file
 is read before every job, so all times are those of a file in the page cache, as far as that holds it; the
@@ -63,7 +65,7 @@ CHUNK = 1 << 20
 WINDOWS = 10
 
 #: The jobs that all others are compared with.
-REFERENCES = ("read", "notebook-all")
+REFERENCES = ("read", "accounting", "notebook-all")
 
 #: Columns of the table, and their widths.
 COLUMNS = {
@@ -75,6 +77,7 @@ COLUMNS = {
     "GB/s": 7,
     "peak MB": 9,
     "/ read": 8,
+    "/ accounting": 14,
     "/ notebook-all": 16,
 }
 
@@ -129,39 +132,46 @@ def read(given: Input) -> Measured:
     return {"work": seconds}
 
 
-def audit(given: Input, arithmetic: str) -> Measured:
+def audit(given: Input, arithmetic: str, parts: str = "audit") -> Measured:
     """Audit, and audit again to see what the streaming alone costs."""
     with open_recording(given.recording) as recording:
         groups = given.groups(recording)
-        ends = window_ends(recording, groups, arithmetic, None)
+        ends = window_ends(recording, groups, arithmetic, parts, None)
         peak = peak_resident_bytes()
-        cut = -(-recording.steps // WINDOWS) if len(ends) <= WINDOWS else None
+        cut = -(-recording.steps // WINDOWS) if len(ends) - 1 <= WINDOWS else None
         start = time.perf_counter()
         if cut:  # compiles for the shorter windows
-            window_ends(recording, groups, arithmetic, cut)
-        again = window_ends(recording, groups, arithmetic, cut)
+            window_ends(recording, groups, arithmetic, parts, cut)
+        again = window_ends(recording, groups, arithmetic, parts, cut)
         extra = time.perf_counter() - start
-    count = len(again) - 1
-    work = (again[-1] - again[1]) * count / max(count - 1, 1)
-    work = work or again[-1]  # a single step
+    count = len(again) - 2
+    work = (again[-1] - again[1]) * count / (count - 1) if count > 1 else again[-1]
     return {"preparation": ends[-1] - work, "work": work, "extra": extra, "peak": peak}
 
 
 def window_ends(
-    recording: Recording, groups: TokenGroups, arithmetic: str, window_steps: int | None
+    recording: Recording,
+    groups: TokenGroups,
+    arithmetic: str,
+    parts: str,
+    window_steps: int | None,
 ) -> list[float]:
-    """Audit and return the seconds from its start to its start (0), and to the end of each window."""
-    from jaxaudit.auditing import audit
+    """Audit and return the seconds from its start to its start (0), to the end of each window, and to its end."""
+    from jaxaudit.auditing import audit, audit_groups
+    from jaxaudit.ledger.subject import LedgerOptions
 
     start, ends = time.perf_counter(), [0.0]
-    audit(
-        recording,
-        groups,
-        arithmetics=arithmetic,
-        window_steps=window_steps,
-        progress=lambda done, total: ends.append(time.perf_counter() - start),
-    )
-    return ends
+    options: dict[str, Any] = {
+        "arithmetics": arithmetic,
+        "window_steps": window_steps,
+        "progress": lambda done, total: ends.append(time.perf_counter() - start),
+    }
+    if parts == "audit":
+        audit(recording, groups, **options)
+    else:
+        ledger = LedgerOptions() if parts == "ledger" else None
+        audit_groups(recording, groups, ledger=ledger, **options)
+    return [*ends, time.perf_counter() - start]
 
 
 def notebook(given: Input, group: str) -> Measured:
@@ -230,6 +240,8 @@ JOBS: dict[str, Callable[[Input], Measured]] = {
     "read": read,
     "audit": lambda given: audit(given, "torch-cpu-loop"),
     "audit-auto": lambda given: audit(given, "auto"),
+    "accounting": lambda given: audit(given, "auto", "accounting"),
+    "ledger": lambda given: audit(given, "auto", "ledger"),
     "notebook": lambda given: notebook(given, "dead"),
     "notebook-all": lambda given: notebook(given, "all rows"),
 }
@@ -246,6 +258,9 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         metavar="N",
         help="of the notebook's jobs (torch's own choice, which a shared machine can slow down 20-fold)",
+    )
+    p.add_argument(
+        "--jobs", metavar="JOB[,JOB...]", default=",".join(JOBS), help="only these (%(default)s)"
     )
     p.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)  # what a process is for
     return p
@@ -304,7 +319,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments)
     with open_recording(given.recording) as recording:
         given.groups(recording)
-        found = measure(recording, given, arguments.rounds)
+        found = measure(recording, given, arguments.rounds, jobs_of(arguments))
     write_json(arguments.output, found)
     print(table(found))
     print(f"Written to {arguments.output}")
@@ -330,12 +345,23 @@ def check_output(arguments: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def measure(recording: Recording, given: Input, rounds: int) -> dict[str, Any]:
-    """Run every job in interleaved rounds and gather the times."""
-    skipped = {job: reason for job in JOBS if (reason := reason_to_skip(job, recording))}
+def jobs_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the jobs asked for, in the order of a round."""
+    wanted = arguments.jobs.split(",")
+    unknown = [job for job in wanted if job not in JOBS]
+    if unknown:
+        raise Failure(f"--jobs: unknown job {unknown[0]!r}; there are {', '.join(JOBS)}.", 2)
+    return [job for job in JOBS if job in wanted]
+
+
+def measure(
+    recording: Recording, given: Input, rounds: int, wanted: Sequence[str]
+) -> dict[str, Any]:
+    """Run jobs in interleaved rounds and gather the times."""
+    skipped = {job: reason for job in wanted if (reason := reason_to_skip(job, recording))}
     for job, reason in skipped.items():
         notify(f"{job} is skipped: {reason}")
-    jobs = [job for job in JOBS if job not in skipped]
+    jobs = [job for job in wanted if job not in skipped]
     runs: dict[str, list[Measured]] = {job: [] for job in jobs}
     cached = []
     for number in range(1, rounds + 1):

@@ -48,6 +48,12 @@ def free_run(path, **how):
         return jaxaudit.free_run(recording, **({"backend": "cpu"} | how))
 
 
+def both(recording, **how):
+    """Return the audit and the free run of one reading."""
+    found = auditing.audit_groups(recording, ledger=None, **how)
+    return found[""], found["free_run"]
+
+
 def own_weights(run, name, start=0):
     """Leave an arithmetic to itself in NumPy, from a recorded state; return float32 values (T + 1 - start, n)."""
     tensors = {key: decode(run.patterns[key][start], run.formats[key]) for key in ("param", "exp_avg", "exp_avg_sq")}  # fmt: skip
@@ -141,9 +147,7 @@ def test_parts_when_the_audit_says_so(path, tmp_path):
     alike = runs.save(tmp_path / "run.safetensors", run)
     for file, names in ((alike, [name]), (path, ["torch-cpu-fused", "float32-then-bfloat16"])):
         with jaxaudit.open_recording(file) as recording:
-            audited, found = auditing.audit_and_free_run(
-                recording, arithmetics=names, backend="cpu"
-            )
+            audited, found = both(recording, arithmetics=names, backend="cpu")
         wrong = audited.mismatch_count.sel(token_group="all") > 0
         earliest = found.timestep.where(wrong.any("stage")).min("timestep")
         # Moments that differ make a run part before the audit, which reads the recorded ones, sees it.
@@ -186,7 +190,7 @@ def test_weights_and_gradients_alone(fmt, tmp_path):
     path = tmp_path / "run.safetensors"
     runs.save(path, maker.make(given), drop=(*MOMENTS, "max_variance_W"))
     with jaxaudit.open_recording(path) as recording:
-        audited, found = auditing.audit_and_free_run(
+        audited, found = both(
             recording, arithmetics="torch-cpu-fused", backend="cpu", window_steps=3
         )
     assert audited.audited.values.tolist() == [[0, 0, 1]]
@@ -199,7 +203,7 @@ def test_copies_of_a_master(drop, window, tmp_path):
     maker, given = runs.MAKERS["fused on a master"], runs.setting(BFLOAT16, 300, 9)
     path = runs.save(tmp_path / "run.safetensors", maker.make(given), drop=drop)
     with jaxaudit.open_recording(path) as recording:
-        audited, found = auditing.audit_and_free_run(
+        audited, found = both(
             recording, arithmetics="float32-master", backend="cpu", window_steps=window
         )
     assert (audited.mismatch_count.sel(stage="param") == 0).all()

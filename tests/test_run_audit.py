@@ -117,7 +117,7 @@ def no_work(monkeypatch) -> None:
     def audit(*_: object, **__: object) -> None:
         raise AssertionError("the audit was started")
 
-    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
+    monkeypatch.setattr(auditing, "audit_groups", audit)
 
 
 def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -431,14 +431,14 @@ def test_overwrite(command, run, folder):
 
 def test_output_that_appears_meanwhile_is_kept(refused, run, folder, monkeypatch):
     """Of two audits at the same time, the slower one does not replace what the faster one wrote."""
-    audit = auditing.audit_and_free_run
+    audit = auditing.audit_groups
 
     def slow(*arguments: Any, **options: Any) -> Any:
         found = audit(*arguments, **options)
         (folder / "x.nc").write_text("faster")
         return found
 
-    monkeypatch.setattr(auditing, "audit_and_free_run", slow)
+    monkeypatch.setattr(auditing, "audit_groups", slow)
     assert "x.nc exists already" in refused(2, run, *FEW, "--output", "x.nc", keeps=False)
     assert tree(folder).keys() == {"run.safetensors", "x.nc"}
     assert (folder / "x.nc").read_text() == "faster"
@@ -608,7 +608,7 @@ def test_self_test_that_fails(refused, run, monkeypatch):
     def audit(*_: object, **__: object) -> None:
         raise SelfTestError("this device cannot add.")
 
-    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
+    monkeypatch.setattr(auditing, "audit_groups", audit)
     assert "cannot add. No numbers were written." in refused(4, run)
 
 
@@ -622,13 +622,13 @@ def test_device_that_can_compute_in_neither_way(refused, run, monkeypatch):
     assert "--backend" in message and "No numbers were written." in message
 
 
-@pytest.mark.parametrize("moment", ["audit_and_free_run", "write"])
+@pytest.mark.parametrize("moment", ["audit_groups", "write"])
 def test_interrupted(command, run, folder, monkeypatch, moment):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     before = tree(folder)
-    monkeypatch.setattr(auditing if moment == "audit_and_free_run" else results, moment, interrupt)
+    monkeypatch.setattr(auditing if moment == "audit_groups" else results, moment, interrupt)
     outcome = command(run, *FEW, "--output", "new/x.nc")
     assert outcome == (130, "", "interrupted; no result was written\n")
     assert tree(folder) == before
@@ -638,18 +638,18 @@ def test_out_of_memory(refused, run, monkeypatch):
     def audit(*_: object, **__: object) -> None:
         raise MemoryError("8 EiB")
 
-    monkeypatch.setattr(auditing, "audit_and_free_run", audit)
+    monkeypatch.setattr(auditing, "audit_groups", audit)
     assert "out of memory (8 EiB)" in refused(3, run)
 
 
 def test_file_that_shrinks_meanwhile(refused, run, monkeypatch):
-    audit = auditing.audit_and_free_run
+    audit = auditing.audit_groups
 
     def shrink(*arguments: Any, **options: Any) -> Any:
         os.truncate(run, 4000)
         return audit(*arguments, **options)
 
-    monkeypatch.setattr(auditing, "audit_and_free_run", shrink)
+    monkeypatch.setattr(auditing, "audit_groups", shrink)
     assert "became shorter while it was read" in refused(3, run, *FEW, keeps=False)
 
 

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,29 @@ from jaxaudit.floats import FLOAT64, Format
 from jaxaudit.operations import Operations, Value
 from jaxaudit.recording import TokenGroups, Window
 from jaxaudit.replay import OWN_PARAM, Recorded
-from jaxaudit.scalars import EXACT, scalars_of
+from jaxaudit.scalars import EXACT, Moment, Rule, scalars_of
 from jaxaudit.steps import Scalars, Step, Tensors
 from jaxaudit.workbench import Candidate, Workbench
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerOptions:
+    """What can be asked of a ledger.
+
+    Attributes:
+        beta2: values of beta2 to try as remedies.
+        seed: of the draw of stochastic rounding.
+        per_token: store the displacement of each token in each step; by default where that is a small table.
+    """
+
+    beta2: Sequence[float] = (0.95,)
+    seed: int = 0
+    per_token: bool | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [value for value in self.beta2 if not 0 <= value < 1]
+        if wrong:
+            raise ValueError(f"beta2 is {wrong[0]:g}; needed 0 <= beta2 < 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +46,21 @@ class Subject:
 
     Attributes:
         bench: recording and device.
-        candidate: the arithmetic with its options and numbers.
+        chosen: the arithmetic with its options and numbers; None where the recording does not tell them.
         groups: what is counted by.
         steps: range of steps.
     """
 
     bench: Workbench
-    candidate: Candidate
+    chosen: Candidate | None
     groups: TokenGroups
     steps: tuple[int, int]
+
+    @property
+    def candidate(self) -> Candidate:
+        """Return the arithmetic; only parts of the ledger that need none work without."""
+        assert self.chosen is not None
+        return self.chosen
 
     @property
     def step(self) -> Step:
@@ -59,7 +85,8 @@ class Subject:
 
     def holds(self, names: Iterable[str]) -> bool:
         """Tell whether tensors were recorded, or are run freely."""
-        known = {*self.bench.recording.formats, *self.bench.hidden(self.candidate)}
+        known = {*self.bench.recording.formats}
+        known |= {*self.bench.hidden(self.chosen)} if self.chosen else set()
         return known.issuperset(names)
 
     def before(self, seen: "Seen", name: str) -> tuple[Any, Format]:
@@ -164,7 +191,11 @@ class ExactRule:
             self._candidate.arithmetic, weight="storage", moments="storage", reads_stored=True
         )
         step = make_step(arithmetic, FLOAT64, self._candidate.given, self._candidate.options)
-        self.step: Step = dataclasses.replace(step, rounds_operators=False, square_root="ieee")
+        step = dataclasses.replace(step, rounds_operators=False, square_root="ieee")
+        if step.interpolation != "mixed":  # its scalars decide by the double 1 - beta1, not by float32's
+            at_end = 1 - self._candidate.given.beta1 >= 0.5
+            step = dataclasses.replace(step, interpolation="end" if at_end else "start")
+        self.step: Step = step
 
     def scalars(self, window: Window) -> Scalars:
         """Return the scalars of a window's steps, float64; beyond the last step they are repeated."""
@@ -173,8 +204,8 @@ class ExactRule:
         rates = candidate.given.learning_rate[np.array(timesteps) - 1]
         given = dataclasses.replace(candidate.given, learning_rate=rates)
         nudges = [bench.nudges.get(candidate, {}).get(t, EXACT) for t in timesteps]
-        found = scalars_of(self.step, candidate.arithmetic.rule, given, timesteps, nudges)
-        return {**found, self.DECAY: -(rates * given.weight_decay)}
+        rule = _with_decay(candidate.arithmetic.rule)
+        return scalars_of(self.step, rule, given, timesteps, nudges)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -190,15 +221,36 @@ class ExactRule:
             s: scalars of the timestep.
             x: the tensors that `reads` names before it, `grad` and `tail`.
         """
-        step, known = self.step, dict(x)
-        for name in step.state:
-            if name not in ("param", "compensation"):
-                known[f"new_{name}"] = step.replay(name, ops, s, known)
-        nothing = known["param"] * 0.0
-        change = step.replay("param", ops, s, {**known, "param": nothing})
-        decay = None
-        if step.decay == "decoupled":
-            decay = ops.multiply(s[self.DECAY], x["param"])
-            change = ops.add(change, decay)
-        second = known["new_max_exp_avg_sq" if step.amsgrad else "new_exp_avg_sq"]
-        return ExactUpdate(known["new_exp_avg"], known["new_exp_avg_sq"], second, change, decay)
+        return exact_update(self.step, ops, s, x)
+
+
+def exact_update(step: Step, ops: Operations, s: Mapping[str, Value], x: Tensors) -> ExactUpdate:
+    """Compute a step before anything is rounded; see `ExactRule.update`.
+
+    Args:
+        step: that of an `ExactRule`.
+        ops: `operations.ExactOperations`, or a NumPy equivalent.
+        s: scalars of the timestep.
+        x: the tensors that the rule reads before it, `grad` and `tail`.
+    """
+    known = dict(x)
+    for name in step.state:
+        if name not in ("param", "compensation"):
+            known[f"new_{name}"] = step.replay(name, ops, s, known)
+    nothing = known["param"] * 0.0
+    change = step.replay("param", ops, s, {**known, "param": nothing})
+    decay = None
+    if step.decay == "decoupled":
+        decay = ops.multiply(s[ExactRule.DECAY], x["param"])
+        change = ops.add(change, decay)
+    second = known["new_max_exp_avg_sq" if step.amsgrad else "new_exp_avg_sq"]
+    return ExactUpdate(known["new_exp_avg"], known["new_exp_avg_sq"], second, change, decay)
+
+
+def _with_decay(rule: Rule) -> Rule:
+    """Add the factor of decoupled decay, of the learning rate that the other scalars are made of."""
+
+    def with_decay(moment: Moment) -> dict[str, float]:
+        return rule(moment) | {ExactRule.DECAY: -(moment.rate * moment.given.weight_decay)}
+
+    return with_decay

@@ -1,7 +1,6 @@
 """What scripts/cross_check_rounding.py does, apart from parsing and printing."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import json
@@ -20,6 +19,7 @@ from jaxaudit.commands import (
     Failure,
     check_outputs,
     failures,
+    keep_freed_memory,
     refuse_empty_names,
     write_together,
 )
@@ -72,28 +72,13 @@ def cross_check_rounding(
         output = Path(request.output or Path("results") / f"rounding_{platform}.nc")
         unfinished = output.parent / f"{output.name}.unfinished"
         _check(list(_outputs(request, output)), unfinished, overwrite=request.overwrite)
-    _keep_freed_memory()
+    keep_freed_memory()
     with _kept(unfinished), failures():
         dataset = _certificate(request, operations, progress, unfinished)
         write_together(_writers(request, dataset, output), overwrite=request.overwrite)
         unfinished.unlink(missing_ok=True)
     status = NOT_AS_EXPECTED if tables.differs_from_ieee(dataset) else 0
     return Outcome(status, _text(request, dataset, output), tables.notices(dataset))
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to give freed arrays back to the system between blocks.
-
-    Each block's arrays would be mapped anew, page by page: a third to a half of the time of a full certificate.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        limit = ctypes.CDLL(None).mallopt
-        limit(_TRIM_THRESHOLD, 1 << 30)
-        limit(_MMAP_THRESHOLD, 1 << 25)
-
-
-#: Parameters of mallopt, from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def _operations(request: CrossCheckRequest) -> list[str] | None:

@@ -1,0 +1,77 @@
+"""The whole ledger of one recording: hands each window to every part, in order."""
+
+import jax
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from jaxaudit.ledger.counterfactual import Counterfactual
+from jaxaudit.ledger.lattice import Lattice
+from jaxaudit.ledger.moments import Moments
+from jaxaudit.ledger.subject import Aside, LedgerOptions, Seen, Subject
+from jaxaudit.ledger.updates import Updates
+from jaxaudit.recording import Window
+from jaxaudit.replay import Recorded
+
+#: The groups that a ledger adds to an audit's file.
+GROUPS = ("updates", "moments", "lattice", "tokens", "counterfactual")
+
+
+class Ledger:
+    """Follows a recording under one arithmetic; a context manager.
+
+    What the recording does not hold the tensors for is left out: without gradients there are `lattice` and
+    `tokens` only.
+
+    Args:
+        subject: the recording, the arithmetic, the groups and the steps.
+        options: what was asked for.
+    """
+
+    def __init__(self, subject: Subject, options: LedgerOptions):
+        self._subject = subject
+        self._aside = Aside(subject.bench.device)
+        self._lattice = Lattice(subject, per_token=options.per_token)
+        known = subject.chosen is not None
+        self._updates = Updates(subject) if known and Updates.possible(subject) else None
+        self._moments = Moments(subject) if known and Moments.possible(subject) else None
+        self._counterfactual = None
+        if self._updates and Counterfactual.possible(subject):
+            self._counterfactual = Counterfactual(subject, beta2=options.beta2, seed=options.seed)
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._aside.__exit__()
+
+    def take(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
+        """Take a window into account.
+
+        Args:
+            window: the window.
+            arrays: its recorded patterns, on the device.
+            members: each group's rows in it.
+        """
+        subject = self._subject
+        if subject.chosen:
+            arrays = subject.bench.with_hidden(subject.chosen, window, arrays)
+        seen = Seen(window, arrays, members, self._aside.later)
+        lost: jax.Array | None = self._updates.take(seen) if self._updates else None
+        if self._moments:
+            self._moments.take(seen)
+        self._lattice.take(seen)
+        if self._counterfactual and lost is not None:
+            self._counterfactual.take(seen, lost)
+        self._aside.finish()
+
+    def datasets(self) -> dict[str, xr.Dataset]:
+        """Return the dataset of each group, by its name."""
+        found = {
+            "updates": self._updates.dataset() if self._updates else None,
+            "moments": self._moments.dataset() if self._moments else None,
+            "lattice": self._lattice.lattice(),
+            "tokens": self._lattice.tokens(),
+            "counterfactual": self._counterfactual.dataset() if self._counterfactual else None,
+        }
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
