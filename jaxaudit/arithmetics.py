@@ -145,6 +145,7 @@ def _variants(
 
 
 _BUILDS = {"": {}, "no fused multiply-add": {"fuses": False}}
+_FUSED_BUILDS = {"": {}, "no fused multiply-add": {"fuses": False, "rule": scalars.torch}}
 _ROOTS = {"": {}, "square root of MKL on AMD": {"square_root": "mkl-amd"}}
 
 _TORCH_CPU_TEXT = """\
@@ -191,7 +192,7 @@ _TORCH_CPU_FUSED = Arithmetic(
     name="torch-cpu-fused",
     summary="torch.optim.Adam and AdamW on CPU in one kernel (fused=True)",
     formula="""\
-AdamW: p = p * (1 - lr*weight_decay). Adam: g = fma(p, weight_decay, g).
+AdamW: p = p * fma(-lr, weight_decay, 1), the factor in double. Adam: g = fma(p, weight_decay, g).
 m = fma(1 - beta1, g - m, m);  v = fma((1 - beta2)*g, g, v*beta2), at the tensor's end fma(v, beta2, ((1 - beta2)*g)*g)
 d = sqrt(v)/sqrt(1 - beta2^t) + eps;  p = p + (-lr/(1 - beta1^t) * m) / d
 All in float32; p, m and v are rounded once, when they are stored, and the update reads them unrounded.""",
@@ -202,7 +203,7 @@ All in float32; p, m and v are rounded once, when they are stored, and the updat
     exp_avg_sq=formulas.exp_avg_sq_fused_cpu,
     max_exp_avg_sq=formulas.largest_fused_cpu,
     param=formulas.param_cpu,
-    rule=scalars.torch,
+    rule=scalars.torch_fused_cpu,
     operators="float32",
     reads_stored=False,
     tail="tensor",
@@ -572,7 +573,7 @@ VARIANTS: dict[str, tuple[Arithmetic, ...]] = {
     for variants in (
         _variants(_TORCH_CPU_LOOP, _BUILDS, _TENSOR_RATE, _ROOTS),
         _variants(_TORCH_CPU_FOREACH, _BUILDS, _ROOTS),
-        _variants(_TORCH_CPU_FUSED, _BUILDS),
+        _variants(_TORCH_CPU_FUSED, _FUSED_BUILDS),
         _variants(_TORCH_CUDA_FOREACH),
         _variants(_TORCH_CUDA_LOOP, _RECIPROCALS),
         _variants(_TORCH_CUDA_FUSED),

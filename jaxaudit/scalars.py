@@ -13,6 +13,7 @@ to float32 at the end (names that begin with `WIDE` stay doubles):
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,6 +189,12 @@ def torch(moment: Moment) -> dict[str, float]:
         "step_size": -_divide(rate, correction1),
         "epsilon": given.epsilon,
     }
+
+
+def torch_fused_cpu(moment: Moment) -> dict[str, float]:
+    """As `torch`; the fused CPU kernel's compiler fuses lr*weight_decay with its difference from 1, in double."""
+    product = Fraction(moment.rate) * Fraction(moment.given.weight_decay)
+    return torch(moment) | {"decay": float(1 - product)}
 
 
 def _moments(given: Hyperparameters, single: type[np.floating]) -> dict[str, float]:

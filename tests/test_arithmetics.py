@@ -230,6 +230,28 @@ def test_a_fused_kernel_leaves_the_end_of_the_tensor():
             assert np.array_equal(np.flatnonzero(found), np.arange(size - size % lanes, size))
 
 
+@pytest.mark.parametrize("decay", [0.2441704273224432, 1.9531548023224432])
+def test_the_fused_kernel_fuses_the_factor_of_weight_decay(decay):
+    """1 - lr*weight_decay is one operation in double: these products lie next to a midpoint of float32."""
+    for name, seen in (("fused", True), ("loop", False)):
+        parameter = torch.ones(64, requires_grad=True)
+        parameter.grad = torch.zeros(64)
+        how: dict[str, bool] = {"fused": True} if seen else {"foreach": False}
+        torch.optim.AdamW([parameter], lr=1e-3, weight_decay=decay, **how).step()
+        given = Hyperparameters(
+            learning_rate=np.array([1e-3]),
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            weight_decay=decay,
+        )
+        arithmetic = CATALOGUE[f"torch-cpu-{name}"]
+        step = make_step(arithmetic, FLOAT32, given, Options())
+        factor = scalars_of(step, arithmetic.rule, given, [1])["decay"]
+        assert (parameter.detach().numpy() == factor).all()
+        assert (factor == np.float32(1 - 1e-3 * decay)) != seen
+
+
 @pytest.mark.parametrize("name", torch_runs.MAKERS)
 def test_infinities_and_nans_agree_with_torch(name):
     """Every pair of weight and gradient, in whole vectors and in tails."""
