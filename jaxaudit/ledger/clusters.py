@@ -1,0 +1,166 @@
+"""Tokens whose rows are bit for bit the same: found by hashes, and confirmed by the rows themselves.
+
+A hash says which rows can be the same; two rows count as the same only after a comparison of all their bits, so
+that a collision of hashes costs time and changes nothing.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaudit.comparison import _fold
+from jaxaudit.devices import Device
+from jaxaudit.floats import Format
+from jaxaudit.operations import compile_exactly
+
+#: Rows of a timestep, range by range: the first one's token, and their patterns of shape (rows, width).
+Rows = Callable[[], Iterable[tuple[int, NDArray[np.unsignedinteger]]]]
+
+
+def hash_rows(recorded: Any, fmt: Format, width: int, device: Device) -> dict[str, jax.Array]:
+    """Start to hash each row after each step, and to count the elements of it whose bits changed.
+
+    Args:
+        recorded: patterns, (length + 1, rows * width).
+        fmt: their format.
+        width: elements of a row.
+        device: where they are.
+
+    Returns:
+        `hash0` and `hash1`, uint32, and `changed`, int32: lanes of shape (length, rows, any), to be added up.
+    """
+    return _hash_program(fmt, width, device)(recorded)
+
+
+class Clusters:
+    """Follows the sets of tokens with the same bits.
+
+    Args:
+        tokens: how many there are.
+        members: sorted tokens of each group.
+
+    Attributes:
+        first: of each token, the first one with the same bits; int64 (tokens,).
+    """
+
+    def __init__(self, tokens: int, members: Iterable[NDArray[np.int64]]):
+        self._members = list(members)
+        self.first = np.arange(tokens)
+        self._counts: NDArray[np.int64] | None = None
+
+    def after(self, hashes: NDArray[np.uint64], changed: bool, rows: Rows) -> NDArray[np.int64]:
+        """Tell how many different rows, clusters and clustered tokens each group has after a step.
+
+        Args:
+            hashes: of each token's row.
+            changed: whether a bit of any row changed since the call before.
+            rows: reads the rows.
+
+        Returns:
+            Counts of shape (3, groups).
+        """
+        if changed or self._counts is None:
+            self.first = first_alike(hashes, rows)
+            self._counts = self._count()
+        return self._counts
+
+    def numbers(self) -> NDArray[np.int64]:
+        """Number the sets in the order of their first tokens; (tokens,)."""
+        return np.unique(self.first, return_inverse=True)[1].reshape(-1)
+
+    def _count(self) -> NDArray[np.int64]:
+        sizes = np.bincount(self.first, minlength=self.first.size)
+        shared = sizes[self.first] > 1
+        found = []
+        for tokens in self._members:
+            together = self.first[tokens[shared[tokens]]] if shared.any() else self.first[:0]
+            sizes = np.unique(together, return_counts=True)[1]
+            clusters, clustered = np.count_nonzero(sizes > 1), sizes[sizes > 1].sum()
+            found.append((tokens.size - clustered + clusters, clusters, clustered))
+        return np.array(found, np.int64).reshape(-1, 3).T
+
+
+def first_alike(hashes: NDArray[np.uint64], rows: Rows) -> NDArray[np.int64]:
+    """Return for each token the first one whose row has the same bits.
+
+    Args:
+        hashes: of each token's row; equal where the rows are.
+        rows: reads the rows; not called where no two hashes are equal.
+    """
+    first, ordered = np.arange(hashes.size), np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not repeated.size:
+        return first
+    shared = repeated[np.minimum(repeated.searchsorted(hashes), repeated.size - 1)] == hashes
+    tokens = np.flatnonzero(shared)
+    _, index, kind = np.unique(hashes[tokens], return_index=True, return_inverse=True)
+    kind = kind.reshape(-1)
+    first[tokens] = tokens[index][kind]
+    return _apart(first, _differing(tokens, kind, first[tokens] == tokens, rows))
+
+
+def _differing(
+    tokens: NDArray[np.int64], kind: NDArray[np.int64], leads: NDArray[np.bool_], rows: Rows
+) -> list[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """Return the tokens, with their rows, that are not like the first of their kind.
+
+    Args:
+        tokens: in order.
+        kind: of each, counted from 0.
+        leads: whether it is the first of its kind.
+        rows: reads all rows in the order of tokens.
+    """
+    kept, found = np.zeros((0, 0)), []
+    for begin, part in rows():
+        if not kept.size:
+            kept = np.empty((np.count_nonzero(leads), part.shape[1]), part.dtype)
+        here = slice(*np.searchsorted(tokens, (begin, begin + len(part))))
+        mine = part[tokens[here] - begin]
+        kept[kind[here][leads[here]]] = mine[leads[here]]
+        differs = (mine != kept[kind[here]]).any(axis=1)
+        found.append((tokens[here][differs], mine[differs]))
+    return found
+
+
+def _apart(
+    first: NDArray[np.int64], odd: list[tuple[NDArray[np.int64], NDArray[Any]]]
+) -> NDArray[np.int64]:
+    """Correct `first` where rows have the hash of an earlier one, but other bits, by a sort of the rows themselves."""
+    tokens = np.concatenate([some for some, _ in odd])
+    if not tokens.size:
+        return first
+    rows = np.ascontiguousarray(np.concatenate([part for _, part in odd]))
+    whole = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
+    _, index, kind = np.unique(whole, return_index=True, return_inverse=True)
+    first = first.copy()
+    first[tokens] = tokens[index][kind.reshape(-1)]
+    return first
+
+
+@functools.lru_cache(maxsize=8)
+def _factors(width: int) -> NDArray[np.uint32]:
+    """Draw the odd factors of two multilinear hashes; (2, width)."""
+    drawn = np.random.default_rng(0).integers(0, 1 << 31, (2, width), np.uint32)
+    return drawn * np.uint32(2) + np.uint32(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_program(fmt: Format, width: int, device: Device) -> Callable:
+    def one_step(before: Any, after: Any) -> dict[str, jax.Array]:
+        bits = after.astype(jnp.uint32).reshape(-1, width)
+        if fmt.width == 32:  # else two changed signs would always cancel: 2^31 times an odd factor
+            bits ^= bits >> 16
+        factors = _factors(width)
+        changed = (before != after).astype(jnp.int32).reshape(-1, width)
+        return {
+            "hash0": _fold(bits * factors[0], jnp.add),
+            "hash1": _fold(bits * factors[1], jnp.add),
+            "changed": _fold(changed, jnp.add),
+        }
+
+    return compile_exactly(lambda w: jax.vmap(one_step)(w[:-1], w[1:]), device)
