@@ -80,7 +80,7 @@ class GroupCounter:
         for k, tokens in enumerate(groups.members.values()):
             member[tokens, k] = True
         kinds, kind = np.unique(member, axis=0, return_inverse=True)
-        self._kinds = kinds.astype(np.int64)
+        self._kinds = kinds
         self._kind = kind.reshape(-1)
         self._width, self._device = width, device
         self._offsets: dict[tuple[tuple[int, int], int], jax.Array] = {}
@@ -106,6 +106,9 @@ class GroupCounter:
             steps: how many rows count.
             bins: number of codes.
         """
-        rows, kinds = np.asarray(codes)[:steps], len(self._kinds)
-        found = np.stack([np.bincount(row, minlength=kinds * bins) for row in rows])
-        return np.einsum("tkb,kg->tgb", found.reshape(steps, kinds, bins), self._kinds)
+        found = np.empty((steps, self._kinds.shape[1], bins), np.int64)
+        for row, counts in zip(np.asarray(codes), found, strict=False):
+            by_kind = np.bincount(row, minlength=len(self._kinds) * bins).reshape(-1, bins)
+            for g, kinds in enumerate(self._kinds.T):
+                counts[g] = by_kind[kinds].sum(axis=0)
+        return found

@@ -192,7 +192,8 @@ class ExactRule:
         )
         step = make_step(arithmetic, FLOAT64, self._candidate.given, self._candidate.options)
         step = dataclasses.replace(step, rounds_operators=False, square_root="ieee")
-        if step.interpolation != "mixed":  # its scalars decide by the double 1 - beta1, not by float32's
+        if step.interpolation != "mixed":
+            # Its scalars decide by the double 1 - beta1, an implementation's by its float32.
             at_end = 1 - self._candidate.given.beta1 >= 0.5
             step = dataclasses.replace(step, interpolation="end" if at_end else "start")
         self.step: Step = step

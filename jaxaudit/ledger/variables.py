@@ -137,7 +137,10 @@ LATTICE = {
     "signed_displacement": Field(
         ("measure", *_PER_STEP), "float64", "ulp", "sum of the signed displacements of all elements"
     ),
-    "edge_crossing_count": _count("elements that crossed a binade edge or zero in the step"),
+    "edge_crossing_count": _count(
+        "elements that crossed a binade edge or zero in the step",
+        "their displacements in ulp and on the line differ in size",
+    ),
     "regime_count": Field(
         ("regime", *_PER_STEP),
         "int64",
