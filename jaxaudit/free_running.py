@@ -1,7 +1,8 @@
 """Tensors of the state that no recording holds, run freely: from their start, step after step, over the gradients."""
 
+import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +17,10 @@ from jaxaudit.floats import Format
 from jaxaudit.operations import (
     Float32Operations,
     Formulation,
+    Operations,
     compile_exactly,
-    narrow_patterns,
     numpy_operations,
     operations_of,
-    widen_patterns,
 )
 from jaxaudit.replay import (
     TRIED,
@@ -48,19 +48,27 @@ class FreeRun:
         step: under which arithmetic.
         rule: how its scalars are computed.
         name: of the arithmetic, for people.
-        hidden: which tensors are run freely; all others must have been recorded.
+        hidden: which tensors are run freely; what else their formulas read must be in the windows.
+        formats: of what windows hold, where that is other than what was recorded.
 
     Raises:
         SelfTestError: the float64 formulation is not exact on this device.
     """
 
     def __init__(
-        self, replayer: Replayer, step: Step, rule: Rule, name: str, hidden: tuple[str, ...]
+        self,
+        replayer: Replayer,
+        step: Step,
+        rule: Rule,
+        name: str,
+        hidden: tuple[str, ...],
+        formats: Mapping[str, Format] | None = None,
     ):
         self.step, self.hidden = step, hidden
-        self._formats = replayer.formats
+        self._formats = replayer.formats | dict(formats or {})
         self._state: tuple[Any, ...] | None = None
-        self._known = {x: self._formats[x] for x in step.state if x not in hidden}
+        read = {x.removeprefix("new_") for each in hidden for x in step.reads(each)}
+        self._known = {x: self._formats[x] for x in step.state if x in read - {*hidden}}
         verdicts: dict[Formulation, str] = {
             formulation: _verdict(self, replayer, rule, formulation)
             for formulation in ("float64", "float32")
@@ -81,6 +89,20 @@ class FreeRun:
     def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
         """Run through a window.
 
+        Returns:
+            Patterns of each hidden tensor, (steps + 1, elements), in the step's own format; for the arguments
+            see `after`.
+        """
+        start = self._started(window)
+        run = self.after(scalars, window, tail, steps)
+        join = _join_program(self._device)
+        return {
+            name: join(first, run[name]) for name, first in zip(self.hidden, start, strict=True)
+        }
+
+    def after(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
+        """Run through a window.
+
         Args:
             scalars: those of the window's steps.
             window: recorded patterns.
@@ -88,16 +110,22 @@ class FreeRun:
             steps: how many of the window's steps are valid.
 
         Returns:
-            Patterns of each hidden tensor, (steps + 1, elements), in the step's own format.
+            Patterns of each hidden tensor after every step, (steps, elements), in the step's own format.
         """
-        if self._state is None:
-            self._state = tuple(self._start(name, window) for name in self.hidden)
+        state = self._started(window)
         arrays = {name: window[name] for name in sorted({"grad", *self._known})}
-        run = self._run(scalars, arrays, tail)
+        last, run = self._run(scalars, arrays, tail, state)
         # The window may lie in memory that the reader fills anew as soon as this returns.
         jax.block_until_ready(run)
-        self._state = tuple(each[steps] for each in run)
+        whole = steps == window["grad"].shape[0]
+        self._state = last if whole else self._put(np.array(x)[steps - 1] for x in run)
         return dict(zip(self.hidden, run, strict=True))
+
+    def afresh(self) -> "FreeRun":
+        """Return a run of its own, not started; what was tried is not tried again."""
+        run = copy.copy(self)
+        run._state = None
+        return run
 
     def program(self, formulation: Formulation, device: Device) -> Callable:
         """Return the compiled run of one window."""
@@ -110,23 +138,61 @@ class FreeRun:
         """Formats of what a window must hold."""
         return self._known | {"grad": self._formats["grad"]}
 
-    def _run(self, scalars: Scalars, arrays: Recorded, tail: Any) -> tuple[Any, ...]:
+    def _started(self, window: Recorded) -> tuple[Any, ...]:
+        """Return the state before a window, which the first one decides."""
+        if self._state is None:
+            self._state = self._put(self._start(name, window) for name in self.hidden)
+        return self._state
+
+    def _put(self, state: Iterable[NDArray[Any]]) -> tuple[jax.Array, ...]:
+        """Hand a state to the device, where the program's own state is: it is compiled anew for any other place."""
+        return tuple(jax.device_put(each, self._device) for each in state)
+
+    def _run(
+        self, scalars: Scalars, arrays: Recorded, tail: Any, state: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Run in float32 where no subnormal number is met, else in float64."""
         if self._fast and no_subnormals(scalars):
             program = self.program("float32", self._device)
-            found, strays = program(np.uint32(0), scalars, arrays, tail, self._state)
+            *found, strays = program(np.uint32(0), scalars, arrays, tail, state)
             if not np.asarray(strays).any():
-                return found
+                return found[0], found[1]
         program = self.program("float64", self._device)
-        return program(np.uint32(0), widened(scalars), arrays, tail, self._state)[0]
+        return program(np.uint32(0), widened(scalars), arrays, tail, state)[:2]
 
-    def _start(self, name: str, window: Recorded) -> Any:
+    def _start(self, name: str, window: Recorded) -> NDArray[Any]:
         """Return the first state: the recorded one where there is one, else zeros."""
         fmt = self.step.format_of(name)
         if name not in window:
-            return jnp.zeros(window["grad"].shape[1], fmt.pattern_dtype)
-        wide = widen_patterns(jnp.asarray(window[name][0]), self._formats[name])
-        return narrow_patterns(wide, fmt)
+            return np.zeros(window["grad"].shape[1], fmt.pattern_dtype)
+        # On the host: a few operations on one row, each of which XLA would compile a program for.
+        values = floats.decode(np.asarray(window[name])[0].copy(), self._formats[name])
+        return floats.encode(values, fmt)
+
+
+def advance(
+    step: Step,
+    hidden: tuple[str, ...],
+    ops: Operations,
+    scalars: Mapping[str, Any],
+    x: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Compute the hidden tensors after a timestep, as `Step.advance` does, and nothing that they do not depend on.
+
+    Args:
+        step: under which arithmetic.
+        hidden: which tensors.
+        ops: the operations.
+        scalars: those of the timestep.
+        x: the tensors before it that their formulas read.
+        recorded: those after it.
+    """
+    after, found = dict(recorded), {}
+    for name in (name for name in step.state if name in hidden):
+        known = {**x, **{f"new_{key}": value for key, value in after.items()}}
+        after[name] = found[name] = step.replay(name, ops, scalars, known)
+    return found
 
 
 def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulation) -> str:
@@ -147,7 +213,8 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
     given = scalars if formulation == "float32" else widened(scalars)
     try:
         program = run.program(formulation, replayer.device)
-        found, strays = program(np.uint32(0), given, window, tail, tuple(state.values()))
+        placed, start = jax.device_put((window, tuple(state.values())), replayer.device)
+        _, found, strays = program(np.uint32(0), given, placed, tail, start)
         strays = np.asarray(strays)[:tried]
     except Exception as error:  # a device without float64, say, fails to compile
         return f"it does not run ({str(error).splitlines()[0][:200]})"
@@ -158,10 +225,10 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
     expected = _expected(run, scalars, cut, started, tail[:tried])
     for name, patterns in zip(run.hidden, found, strict=True):
         fmt = step.format_of(name)
-        wrong = differ_in(np.asarray(patterns)[1:, :tried], expected[name], fmt, fmt) & ~strays
+        wrong = differ_in(np.asarray(patterns)[:, :tried], expected[name], fmt, fmt) & ~strays
         if wrong.any():
             t, k = np.argwhere(wrong)[0]
-            got = np.asarray(patterns)[t + 1, k]
+            got = np.asarray(patterns)[t, k]
             return (
                 f"{name} of step {t + 1} came out as {got:#x}, expected {expected[name][t, k]:#x}"
             )
@@ -186,11 +253,15 @@ def _expected(
         after = {name: values[k + 1] for name, values in decoded.items() if name != "grad"}
         at = {name: value[k] for name, value in scalars.items()}
         with np.errstate(all="ignore"):
-            new = step.advance(ops, at, before | x | {"tail": tail}, after)
-        x = {name: new[name] for name in run.hidden}
+            x = advance(step, run.hidden, ops, at, before | x | {"tail": tail}, after)
         for name in run.hidden:
             found[name].append(floats.encode(x[name], step.format_of(name)))
     return {name: np.stack(values) for name, values in found.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _join_program(device: Device) -> Callable:
+    return compile_exactly(lambda first, rest: jnp.concatenate([first[None], rest]), device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -204,44 +275,35 @@ def _free_run_program(
 ) -> Callable:
     """Run the hidden tensors through a window, each step fed with the one before.
 
-    Returns the patterns of each, and the elements at which float32 met a subnormal number.
+    Returns the patterns of each after the last step, after every step, and the elements at which float32 met a
+    subnormal number.
     """
 
     def whole(
         zero: Any, scalars: Any, window: Any, tail: Any, state: Any
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        ops = operations_of(formulation, zero, flushes=step.flushes)
-        rows = {name: ops.decode(window[name], fmt) for name, fmt in known}
-        before = {name: values[:-1] for name, values in rows.items()}
-        after = {name: values[1:] for name, values in rows.items()}
-        before["grad"] = ops.decode(window["grad"], grad)
-
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
         def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
-            (s, x, recorded), (values, strays) = timestep, carried
+            # Patterns are carried and scanned, and decoded here: decoded windows would go through memory.
+            (patterns, strays), (s, before, after, gradient) = carried, timestep
             ops = operations_of(formulation, zero, flushes=step.flushes)
-            x = x | dict(zip(hidden, values, strict=True)) | {"tail": tail}
-            found = step.advance(ops, s, x, recorded)
-            new = tuple(found[name] for name in hidden)
-            patterns = tuple(
-                ops.encode(value, step.format_of(name))
-                for name, value in zip(hidden, new, strict=True)
-            )
+            x = {name: ops.decode(before[name], fmt) for name, fmt in known}
+            recorded = {name: ops.decode(after[name], fmt) for name, fmt in known}
+            x["grad"] = ops.decode(gradient, grad)
+            for name, pattern in zip(hidden, patterns, strict=True):
+                x[name] = ops.decode(pattern, step.format_of(name))
+            found = advance(step, hidden, ops, s, x | {"tail": tail}, recorded)
             if isinstance(ops, Float32Operations):
-                for name, value in (*x.items(), *recorded.items(), *found.items()):
-                    if name != "tail":
-                        ops.watch(value)
+                for value in (*x.values(), *recorded.values(), *found.values()):
+                    ops.watch(value)
                 strays |= ops.strays
-            return (new, strays), patterns
+            new = tuple(ops.encode(found[name], step.format_of(name)) for name in hidden)
+            return (new, strays), new
 
-        start = tuple(
-            ops.decode(patterns, step.format_of(name))
-            for name, patterns in zip(hidden, state, strict=True)
-        )
+        before = {name: window[name][:-1] for name, _ in known}
+        after = {name: window[name][1:] for name, _ in known}
         none = jnp.zeros(window["grad"].shape[1], bool)
-        (_, strays), run = jax.lax.scan(one_step, (start, none), (scalars, before, after))
-        whole_run = tuple(
-            jnp.concatenate([first[None], rest]) for first, rest in zip(state, run, strict=True)
-        )
-        return whole_run, strays
+        timesteps = (scalars, before, after, window["grad"])
+        (last, strays), run = jax.lax.scan(one_step, (state, none), timesteps)
+        return last, run, strays
 
     return compile_exactly(whole, device)

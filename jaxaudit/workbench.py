@@ -95,8 +95,13 @@ class Workbench:
         return tuple(name for name in step.state if name in missing)
 
     def _missing(self, step: Step, stage: Stage) -> set[str]:
-        read = {name.removeprefix("new_") for name in step.reads(stage)}
-        return (read - {*self.recording.formats}) | (read & {*self.replayer.hidden(step)})
+        known = {*self.recording.formats} - {*self.replayer.hidden(step)}
+        missing: set[str] = set()
+        found = _reads(step, stage) - known
+        while found - missing:  # what is run freely reads other tensors in turn
+            missing |= found
+            found = {x for name in missing & {*step.state} for x in _reads(step, name)} - known
+        return missing
 
     def _can_run(self, step: Step, missing: set[str]) -> bool:
         """Tell whether tensors that were not recorded can be had by running freely from the start."""
@@ -317,6 +322,11 @@ class Workbench:
                 self.moment_formats,
             )
         return self._steps[candidate]
+
+
+def _reads(step: Step, name: str) -> set[str]:
+    """Name the tensors that the formula of a tensor reads, before or after the step."""
+    return {x.removeprefix("new_") for x in step.reads(name)}
 
 
 def _moment_formats(recording: Recording, steps: tuple[int, int]) -> tuple[Format, Format]:

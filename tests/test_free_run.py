@@ -184,14 +184,15 @@ def test_run_that_starts_late_is_one_from_the_start(window, run, tmp_path):
 
 
 @pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT32])
-def test_weights_and_gradients_alone(fmt, tmp_path):
+@pytest.mark.parametrize("name", ["fused", "loop"])
+def test_weights_and_gradients_alone(fmt, name, tmp_path):
     given = runs.setting(fmt, 200, 8, Options(decoupled=False, amsgrad=True), weight_decay=0.1)
-    maker = runs.MAKERS["fused"]
+    maker = runs.MAKERS[name]
     path = tmp_path / "run.safetensors"
     runs.save(path, maker.make(given), drop=(*MOMENTS, "max_variance_W"))
     with jaxaudit.open_recording(path) as recording:
         audited, found = both(
-            recording, arithmetics="torch-cpu-fused", backend="cpu", window_steps=3
+            recording, arithmetics=f"torch-cpu-{name}", backend="cpu", window_steps=3
         )
     assert audited.audited.values.tolist() == [[0, 0, 1]]
     assert (audited.mismatch_count.sel(stage="param") == 0).all()
