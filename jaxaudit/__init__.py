@@ -16,6 +16,8 @@ _HOME = {
     "VARIANTS": "arithmetics",
     "Options": "arithmetics",
     "audit": "auditing",
+    "audit_tree": "auditing",
+    "LedgerOptions": "ledger.subject",
     "cross_check": "rounding.certificate",
     "free_run": "auditing",
     "identify": "identification",
@@ -34,7 +36,7 @@ _HOME = {
     "describe": "summary",
     "summarize": "summary",
 }
-_MODULES = ("plots", "recorders", "results", "summary")
+_MODULES = ("ledger", "plots", "preflight", "recorders", "report", "results", "summary")
 
 __all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -17,6 +17,8 @@ from jaxaudit.comparison import members_within
 from jaxaudit.devices import Backend, find_device
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
+from jaxaudit.ledger import verdict
+from jaxaudit.ledger.ledger import Ledger
 from jaxaudit.ledger.subject import LedgerOptions, Subject
 from jaxaudit.provenance import provenance
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, token_groups_of
@@ -159,8 +161,6 @@ def _audit(
     request: _Request, *, run_freely: bool = False, ledger: LedgerOptions | None = None
 ) -> dict[str, xr.Dataset]:
     """Return the dataset of each group of the file, the root's under ""."""
-    if ledger:
-        from jaxaudit.ledger.ledger import Ledger  # TEMPORARY
     recording = request.recording
     groups = request.groups or token_groups_of(recording)
     check_names(request.arithmetics)
@@ -202,7 +202,7 @@ def _read(
     bench: Workbench,
     request: _Request,
     accountant: Accountant,
-    book: "Any | None",
+    book: Ledger | None,
     groups: TokenGroups,
 ) -> None:
     """Take every window into the audit, and into the ledger."""
@@ -229,14 +229,12 @@ def _with_verdict(
     found: Mapping[str, xr.Dataset], subject: Candidate | None, *, exact: bool
 ) -> xr.Dataset:
     """Say at the root what the ledger followed, and what it found."""
-    from jaxaudit.ledger import verdict  # TEMPORARY
-
     followed = "" if subject is None else subject.arithmetic.label
-    return found[""].assign_attrs(
-        ledger_arithmetic=followed,
-        ledger_arithmetic_replays_exactly=int(exact),
-        verdict=_json(verdict.as_json(verdict.sentences(found))),
+    root = found[""].assign_attrs(
+        ledger_arithmetic=followed, ledger_arithmetic_replays_exactly=int(exact)
     )
+    told = verdict.sentences({**found, "": root})
+    return root.assign_attrs(verdict=_json(verdict.as_json(told)))
 
 
 def _kept(tables: Tables, candidates: Sequence[Candidate]) -> list[int]:

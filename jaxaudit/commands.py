@@ -21,9 +21,11 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from jaxaudit import auditing, identification, plots, results, summary, workbench
+from jaxaudit import auditing, identification, plots, report, results, summary, workbench
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.devices import BackendError, find_device
+from jaxaudit.ledger import figures as ledger_figures
+from jaxaudit.ledger.subject import LedgerOptions
 from jaxaudit.recording import (
     Recording,
     TokenGroups,
@@ -69,6 +71,11 @@ class AuditRequest:
     csv: str | None = None
     plots: str | None = None
     expect: str | None = None
+    report: str | None = None
+    only: str | None = None
+    counterfactual_beta2: str = "0.95"
+    seed: int = 0
+    per_token: bool = False
     overwrite: bool = False
     json: bool = False
     quiet: bool = False
@@ -83,8 +90,11 @@ def run_audit(
         Failure: anything that people can mend.
     """
     with failures():
-        refuse_empty_names(request, ("recording", "token_groups", "output", "csv", "plots"))
-        wanted = _wanted_arithmetics(request)
+        refuse_empty_names(
+            request, ("recording", "token_groups", "output", "csv", "plots", "report")
+        )
+        wanted, ledger = _wanted_arithmetics(request), _wanted_ledger(request)
+        keep_freed_memory()
         find_device(request.backend)  # before any file is opened
         with _open(request) as recording:
             groups = _groups(request, recording)
@@ -93,19 +103,18 @@ def run_audit(
             outputs = list(_outputs(request, output, groups, wanted))
             inputs = [recording.path, *filter(None, [request.token_groups])]
             check_outputs(outputs, inputs, overwrite=request.overwrite)
-            found = auditing.audit_groups(  # TEMPORARY
+            found = auditing.audit_groups(
                 recording,
                 groups,
                 arithmetics=wanted,
                 backend=request.backend,
                 steps=steps,
                 progress=progress,
-                ledger=None,
+                ledger=ledger,
             )
-            dataset, own_way = found[""], found["free_run"]
-        writers = _writers(request, dataset, own_way, output)
+        writers = _writers(request, found, output)
         write_together(writers, overwrite=request.overwrite)
-    return _status(request, dataset), _text(request, dataset, own_way, output)
+    return _status(request, found[""]), _text(request, found, output)
 
 
 @contextlib.contextmanager
@@ -183,6 +192,21 @@ def _wanted_arithmetics(request: AuditRequest) -> list[str]:
     return names + ([request.expect] if request.expect else [])
 
 
+def _wanted_ledger(request: AuditRequest) -> LedgerOptions | None:
+    """Parse what is asked of the ledger; None for no ledger."""
+    if request.only == "accounting":
+        return None
+    try:
+        values = [float(value) for value in request.counterfactual_beta2.split(",") if value]
+        return LedgerOptions(beta2=values, seed=request.seed, per_token=request.per_token or None)
+    except ValueError as error:
+        raise Failure(
+            f"--counterfactual-beta2: got {request.counterfactual_beta2!r}, needed numbers of at least 0 and "
+            "below 1, separated by commas, for example 0.95,0.99.",
+            WRONG_USAGE,
+        ) from error
+
+
 def _open(request: AuditRequest) -> Recording:
     return open_recording(request.recording or sample_paths()[0])
 
@@ -221,7 +245,14 @@ def _outputs(
             functools.partial(_table_path, path), itertools.product(groups.names, names)
         )
     if request.plots:
-        yield from (Path(request.plots) / name for name in plots.FIGURES)
+        yield from (Path(request.plots) / name for name in _figures(request))
+    if request.report:
+        yield Path(request.report)
+
+
+def _figures(request: AuditRequest) -> list[str]:
+    """Name the figures that may be written."""
+    return [*plots.FIGURES, *(() if request.only else ledger_figures.FIGURES)]
 
 
 def check_outputs(
@@ -320,10 +351,12 @@ def write_together(
 
 
 def _writers(
-    request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path
+    request: AuditRequest, found: Mapping[str, xr.Dataset], output: Path
 ) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """Pair each output with the function that writes it."""
-    yield output, functools.partial(results.write, dataset, groups={"free_run": own_way})
+    dataset = found[""]
+    further = {name: each for name, each in found.items() if name}
+    yield output, functools.partial(results.write, dataset, groups=further)
     if request.csv:
         names = itertools.product(dataset.token_group.values, dataset.arithmetic.values)
         for group, arithmetic in names:
@@ -331,8 +364,20 @@ def _writers(
             path = _table_path(Path(request.csv), str(group), str(arithmetic))
             yield path, functools.partial(_write_table, one)
     if request.plots:
-        for name, draw in plots.FIGURES.items():
-            yield Path(request.plots) / name, functools.partial(_write_figure, dataset, draw)
+        for name, figure in drawn(found):
+            yield Path(request.plots) / name, functools.partial(_write_figure, figure)
+    if request.report:
+        page = functools.partial(report.html, found)
+        yield Path(request.report), lambda path: _write_page(page(), path)
+
+
+def drawn(found: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, Figure]]:
+    """Draw every figure for which the groups are there, with its file name."""
+    for name, draw in plots.FIGURES.items():
+        yield name, draw(found[""])
+    for name, (groups, draw) in ledger_figures.FIGURES.items():
+        if found.keys() >= set(groups):
+            yield name, draw(*(found[group] for group in groups))
 
 
 def _write_table(one: xr.Dataset, path: Path) -> None:
@@ -344,8 +389,12 @@ def _write_table(one: xr.Dataset, path: Path) -> None:
         writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _write_figure(dataset: xr.Dataset, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
-    draw(dataset).savefig(path, format="png", dpi=110)
+def _write_figure(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _write_page(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _table_path(path: Path, group: str, arithmetic: str) -> Path:
@@ -358,17 +407,18 @@ def _status(request: AuditRequest, dataset: xr.Dataset) -> int:
     return 0 if met else NOT_AS_EXPECTED
 
 
-def _text(request: AuditRequest, dataset: xr.Dataset, own_way: xr.Dataset, output: Path) -> str:
+def _text(request: AuditRequest, found: Mapping[str, xr.Dataset], output: Path) -> str:
+    dataset, own_way = found[""], found["free_run"]
+    told = json.loads(dataset.attrs.get("verdict", "[]"))
+    met = request.expect is None or summary.replays_exactly(dataset, request.expect)
     if request.json:
-        found: Mapping[str, Any] = summary.summarize(dataset, own_way) | {"output": str(output)}
+        one: dict[str, Any] = summary.summarize(dataset, own_way) | {"verdict": told}
         if request.expect:
-            found = dict(found) | {
-                "expected": request.expect,
-                "expectation_met": summary.replays_exactly(dataset, request.expect),
-            }
-        return json.dumps(found, allow_nan=False, default=_plain)
+            one |= {"expected": request.expect, "expectation_met": met}
+        return json.dumps(one | {"output": str(output)}, allow_nan=False, default=_plain)
     lines = [summary.describe(dataset, own_way)]
-    if request.expect and not summary.replays_exactly(dataset, request.expect):
+    lines += ["", *(each["sentence"] for each in told)] if told else []
+    if not met:
         lines.append(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."
         )

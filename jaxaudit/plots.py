@@ -33,7 +33,8 @@ def accounting(dataset: xr.Dataset, arithmetic: str | None = None) -> Figure:
         label = "difference (zero throughout)" if exact else "difference"
         axis.plot(t, difference, color=_COLOURS[1], lw=0.9, ls="--", label=label)
         frozen = int((part.norm_observed == 0).sum())
-        axis.set_title(_group_title(group, part, f"{frozen} timesteps without any change"))
+        title = _group_title(group, part, f"{frozen} timesteps without any change")
+        axis.set_title(title, parse_math=False)  # a dollar sign begins no formula
         axis.set_ylabel("L2 norm")
         _log(axis)
         axis.legend(fontsize=8, frameon=False, loc="best")
@@ -57,7 +58,8 @@ def agreement(dataset: xr.Dataset) -> Figure:
                 colour, mark = _style(k)
                 width = 1.3 if k == 0 else 0.8
                 axis.plot(part.timestep, values, mark, color=colour, lw=width, label=label)
-            axis.set_title(f"{group}: {variable.replace('_', ' ')}", fontsize=10, loc="left")
+            title = f"{group}: {variable.replace('_', ' ')}"
+            axis.set_title(title, fontsize=10, loc="left", parse_math=False)
             axis.set_xlabel("timestep" if group == groups[-1] else "")
             _calm(axis)
     _legend_above(figure, axes[0][0])

@@ -157,7 +157,7 @@ def _drawn(tree: Tree) -> Iterator[tuple[str, Figure]]:
         if tree.keys() >= set(groups):
             yield name, draw(*(tree[group] for group in groups))
     root = tree[""]
-    names = [verdict.short(name).replace("$", r"\$") for name in group_names(root)]
+    names = [verdict.short(name) for name in group_names(root)]
     if len(names) == len(set(names)) <= AUDIT_GROUPS:
         for name, draw in AUDIT_FIGURES.items():
             yield name, draw(root.assign_coords(token_group=names))

@@ -36,7 +36,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", metavar="PATH", help="NetCDF file (default: results/<stem>.nc)")
     p.add_argument("--csv", metavar="PATH", help="tables, one per group: PATH-GROUP-ARITHMETIC")
     p.add_argument("--plots", metavar="DIR", help="figures as PNG")
+    p.add_argument("--report", metavar="FILE.html", help="also one page with everything in it")
     p.add_argument("--expect", metavar="NAME", help="exit 1 unless it replays exactly under NAME")
+    p.add_argument("--only", choices=("accounting",), help="leave out where the updates went")
+    p.add_argument(
+        "--counterfactual-beta2",
+        metavar="VALUE[,VALUE...]",
+        default="0.95",
+        help="values of beta2 to try on the recorded gradients (default: 0.95)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the draw of stochastic rounding (default: 0)"
+    )
+    p.add_argument(
+        "--per-token", action="store_true", help="store every token's displacement in every step"
+    )
     add_usual_options(p)
     return p
 

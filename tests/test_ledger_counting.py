@@ -36,14 +36,14 @@ def test_a_bin_holds_its_lower_edge_and_all_below_the_next(code):
 
 def test_edges_divide_each_binade_into_equal_parts_without_error():
     edges = size_edges()
-    for k in (0, 1, 7, 8, 9, 511, 512, 513, SIZES - 1):
+    for k in (0, 1, 31, 32, 33, 511, 512, 513, SIZES - 1):
         whole, part = divmod(k, counting.STEPS_PER_BINADE)
-        assert edges[k] == math.ldexp(8 + part, whole + counting.LOWEST - 3)
+        assert edges[k] == math.ldexp(32 + part, whole + counting.LOWEST - 5)
 
 
 @pytest.mark.parametrize("code", [size_code, on_device], ids=["numpy", "jax"])
 def test_what_lies_beyond_is_in_the_outermost_bins(code):
-    sizes = np.array([2.0**-64 * 0.999, 1e-300, 2.0**64, 1e300, np.finfo(np.float64).max])
+    sizes = np.array([2.0**-32 * 0.999, 1e-300, 2.0**32, 1e300, np.finfo(np.float64).max])
     np.testing.assert_array_equal(code(sizes), [0, 0, SIZES - 1, SIZES - 1, SIZES - 1])
 
 
@@ -56,7 +56,7 @@ def test_quantiles_are_the_bins_of_numpys_inverted_cdf(count):
     found = quantiles(histogram[None])
     expected = np.quantile(sizes, QUANTILES, method="inverted_cdf")
     np.testing.assert_array_equal(found[0], size_edges()[size_code(expected)])
-    assert np.all((found[0] <= expected) & (expected < found[0] * 9 / 8))
+    assert np.all((found[0] <= expected) & (expected < found[0] * 33 / 32))
 
 
 def test_nothing_has_no_quantiles():

@@ -28,7 +28,7 @@ from jaxaudit.workbench import Candidate
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-EDGES = np.array([(1 + k / 8) * 2.0**e for e in range(-64, 64) for k in range(8)])
+EDGES = np.array([(1 + k / 32) * 2.0**e for e in range(-32, 32) for k in range(32)])
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -217,12 +217,12 @@ def margin_of(wanted: float, before: int, dtype: str) -> Fraction:
 
 
 def bin_of(ratio: Fraction) -> int:
-    """Number the eighth of a binade that a ratio lies in, from 2^-64."""
+    """Number the thirty-second of a binade that a ratio lies in, from 2^-32."""
     k = math.floor(math.log2(ratio)) + 2  # may be one off at an edge
     while Fraction(2) ** k > ratio:
         k -= 1
-    part = math.floor((ratio / Fraction(2) ** k - 1) * 8)
-    return min(max(8 * (k + 64) + part, 0), 1023)
+    part = math.floor((ratio / Fraction(2) ** k - 1) * 32)
+    return min(max(32 * (k + 32) + part, 0), 2047)
 
 
 def fate(before: int, after: int, rises: bool, dtype: str) -> list[str]:
@@ -242,7 +242,7 @@ def expected_of(
     shape, width = (steps, len(groups.members)), wanted.shape[2]
     counts = ("wanted", "lost", "one_ulp", "more_ulp", "against", "unwanted", "undefined")
     found: dict[str, Any] = {f"{name}_count": np.zeros(shape, np.int64) for name in counts}
-    found["margin_histogram"] = np.zeros((*shape, 128), np.int64)
+    found["margin_histogram"] = np.zeros((*shape, 64), np.int64)
     found["margin_quantile"] = np.full((*shape, 5), np.nan)
     values = values_of(weights, dtype)
     sums: dict[str, np.ndarray] = {}
@@ -265,14 +265,16 @@ def expected_of(
             for name in ("wanted", *fate(before, after, w > 0, dtype)):
                 found[f"{name}_count"][t, g] += 1
             bins.append(bin_of(margin_of(w, before, dtype)))
-            found["margin_histogram"][t, g, bins[-1] // 8] += 1
+            found["margin_histogram"][t, g, bins[-1] // 32] += 1
         if bins:
-            # The bins' edges, as numbers: 2^whole * (1 + part/8).
+            # The bins' edges, as numbers: 2^whole * (1 + part/32).
             ranks = [
                 sorted(bins)[max(math.ceil(q * len(bins)), 1) - 1]
                 for q in (0.05, 0.25, 0.5, 0.75, 0.95)
             ]
-            found["margin_quantile"][t, g] = [np.log2(1 + b % 8 / 8) + b // 8 - 64 for b in ranks]
+            found["margin_quantile"][t, g] = [
+                np.log2(1 + b % 32 / 32) + b // 32 - 32 for b in ranks
+            ]
         ws, rs = [w for w, _ in kept], [r for _, r in kept]
         totals = {
             "wanted_sum": math.fsum(ws),
@@ -485,8 +487,8 @@ def test_exact_ties_and_edges(tmp_path):
         (largest, down, 2.0**120, 1),
         (-largest, down, 2.0**118, -1),
         (2.0**127, down, 2.0**118, 0),
-        (1.0, up, 2.0**-120, -64),
-        (0.0, up, 2.0**100, 63),
+        (1.0, up, 2.0**-120, -32),
+        (0.0, up, 2.0**100, 31),
     ]
     rates = sorted({rate for _, _, rate, _ in cases})
     steps, tokens = len(rates), len(cases)
@@ -504,7 +506,7 @@ def test_exact_ties_and_edges(tmp_path):
         assert one.wanted_sum == -grad * rate
         histogram = one.margin_histogram
         assert histogram.sel(margin=margin) == 1 and histogram.sum() == 1, (weight, grad, rate)
-        if -64 < margin < 63:
+        if -32 < margin < 31:
             np.testing.assert_array_equal(one.margin_quantile, np.full(5, float(margin)))
 
 
@@ -809,6 +811,6 @@ def test_the_dataset_says_what_it_holds(tmp_path):
     assert set(ds.data_vars) == set(UPDATES)
     for name, field in UPDATES.items():
         assert ds[name].dims == field.dims and ds[name].dtype == field.dtype
-    assert ds.margin.values.tolist() == list(range(-64, 64))
+    assert ds.margin.values.tolist() == list(range(-32, 32))
     assert ds.attrs["title"] and "sqrt(v)" in ds.attrs["formula"]
     assert json.dumps(dict(ds.attrs))

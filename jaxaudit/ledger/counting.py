@@ -16,10 +16,10 @@ from jaxaudit.devices import Device
 from jaxaudit.recording import TokenGroups
 
 #: Bins to a factor of two; a power of two.
-STEPS_PER_BINADE = 8
+STEPS_PER_BINADE = 32
 
 #: Exponents of the first bin and of the end of the last; these two hold everything beyond.
-LOWEST, HIGHEST = -64, 64
+LOWEST, HIGHEST = -32, 32
 
 #: Bins of a size.
 SIZES = (HIGHEST - LOWEST) * STEPS_PER_BINADE
@@ -54,7 +54,7 @@ def quantiles(histogram: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the lower edges of the bins that hold the quantiles, (..., len(QUANTILES)), from (..., SIZES).
 
     The quantile of probability q is the smallest size with at least a share q at or below it, as NumPy's
-    "inverted_cdf"; the edge is less than a ninth below it. NaN where nothing was counted.
+    "inverted_cdf"; the edge is less than 1/32 of itself below it. NaN where nothing was counted.
     """
     below = np.cumsum(histogram, axis=-1)
     total = below[..., -1:]

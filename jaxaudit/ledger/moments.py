@@ -445,8 +445,8 @@ class _Ratios:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the variables.
 
-        A bin of a root is half as wide as one of the second moment: its lower edge is less than 5.8 % below
-        the root. That of a step size is less than a ninth below it.
+        A bin of a root is half as wide as one of the second moment: its lower edge is less than 1/64 below
+        the root. That of a step size is less than 1/32 below it.
         """
         return {
             "root_ratio_count": self._counted,

@@ -65,7 +65,7 @@ UPDATES = {
         "1",
         "visibility margin: log2 of exact update over half an ulp",
         "half the distance to the weight's neighbour in the direction of the update; below 0 rounding to nearest "
-        "leaves the weight as it is. Lower edges of bins of an eighth of a binade",
+        "leaves the weight as it is. Lower edges of bins, 32 to a binade",
     ),
     "margin_histogram": Field(
         (*_PER_STEP, "margin"), "int64", "1", "elements by visibility margin"
@@ -92,13 +92,20 @@ MOMENTS = {
         "elements of which both second moments are positive",
         "the stored one, and one accumulated in float32 from the recorded gradients",
     ),
-    "root_ratio_quantile": Field(_PER_QUANTILE, "float64", "1", _ROOT),
+    "root_ratio_quantile": Field(
+        _PER_QUANTILE,
+        "float64",
+        "1",
+        _ROOT,
+        "lower edges of bins: less than 1/64 below the quantile",
+    ),
     "step_size_ratio_quantile": Field(
         _PER_QUANTILE,
         "float64",
         "1",
         "quantiles of the effective step size over that with a float32 second moment",
-        "lr / (sqrt(v / (1 - beta2^t)) + eps), of the same elements",
+        "lr / (sqrt(v / (1 - beta2^t)) + eps), of the same elements; lower edges of bins: less than 1/32 below the "
+        "quantile",
     ),
     "exp_avg_sq_underflow_count": _count(
         "elements whose stored second moment is zero, but not the exact one"
