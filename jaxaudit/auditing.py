@@ -212,9 +212,11 @@ def _read(
     done, total = 0, bench.bytes(bench.steps)
     for window in bench.windows(bench.steps):
         arrays, members = bench.put(window), members_within(groups, window.rows)
-        accountant.account(window, arrays, members)
         if book:
             book.take(window, arrays, members)
+        accountant.account(window, arrays, members)
+        if book:
+            book.finish()  # what it counts on the host goes on beside the accounting
         done += sum(array.nbytes for array in window.tensors.values())
         if request.progress:
             request.progress(min(done, total), total)

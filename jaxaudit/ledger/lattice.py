@@ -38,6 +38,9 @@ from jaxaudit.results import label
 #: Numbers of a table of every token and step up to which it is kept unless told otherwise.
 _TABLE = 1 << 20
 
+#: Elements, times steps, that are reduced at once.
+_PART = 1 << 20
+
 #: What `_rows_program` returns for each row and step, and how its lanes are combined.
 _COMBINES: dict[str, Callable] = {
     "ulp_l1": jnp.add,
@@ -93,10 +96,13 @@ class Lattice:
         """Take the next window."""
         patterns, key = seen.arrays["param"], (self._fmt, self._width, self._subject.bench.device)
         plain = not np.asarray(_special_program(*key)(patterns)).any()
-        lanes = _rows_program(*key, plain)(patterns) | hash_rows(patterns, *key)
-        while lanes["ulp_l1"].shape[-1] > 1:
-            lanes = _lanes_program(self._subject.bench.device)(lanes)
-        seen.later(lambda: self._finish(seen.window, lanes))
+        parts = []
+        for part in _parts(patterns, self._subject.bench.device):
+            lanes = _rows_program(*key, plain)(part) | hash_rows(part, *key)
+            while lanes["ulp_l1"].shape[-1] > 1:
+                lanes = _lanes_program(self._subject.bench.device)(lanes)
+            parts.append(lanes)
+        seen.later(lambda: self._finish(seen.window, parts))
 
     def lattice(self) -> xr.Dataset:
         """Return the group `lattice`."""
@@ -139,12 +145,11 @@ class Lattice:
         coordinates = self._subject.coordinates() | {"token": np.arange(groups.tokens)}
         return label({name: found[name] for name in TOKENS}, coordinates, {}, TOKENS)
 
-    def _finish(self, window: Window, lanes: dict[str, jax.Array]) -> None:
+    def _finish(self, window: Window, parts: list[dict[str, jax.Array]]) -> None:
         """Take what the device made of a window; count once the rows of its timesteps are complete."""
         self._meet_ends(window)
-        rows = self._whole(
-            window, {name: np.asarray(x)[: window.steps, :, 0] for name, x in lanes.items()}
-        )
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows = self._whole(window, {name: x[: window.steps, :, 0] for name, x in found.items()})
         if rows is None:
             return
         place = self._subject.place(window)
@@ -240,6 +245,22 @@ class Lattice:
         """Read the weights before and after one step, in the same ranges of rows as the audit does."""
         bench = self._subject.bench
         return bench.recording.windows((timestep, timestep + 1), 1, bench.rows, ("param",))
+
+
+def _parts(patterns: jax.Array, device: Device) -> Iterator[jax.Array]:
+    """Cut a window's (length + 1, elements) into a few steps each, whose sums stay in memory that malloc keeps."""
+    length, most = patterns.shape[0] - 1, max(1, _PART // patterns.shape[1])
+    count = max(k for k in range(1, min(length, most) + 1) if length % k == 0)
+    if count == length:
+        yield patterns
+        return
+    for k in range(0, length, count):
+        yield _part_program(count + 1, device)(patterns, np.int32(k))
+
+
+@functools.lru_cache(maxsize=64)
+def _part_program(count: int, device: Device) -> Callable:
+    return compile_exactly(lambda x, k: lax.dynamic_slice_in_dim(x, k, count), device)
 
 
 #: What the first and the last weights tell.

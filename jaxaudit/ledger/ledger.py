@@ -46,7 +46,7 @@ class Ledger:
         self._aside.__exit__()
 
     def take(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
-        """Take a window into account.
+        """Take a window into account; `finish` must follow.
 
         Args:
             window: the window.
@@ -61,8 +61,14 @@ class Ledger:
         if self._moments:
             self._moments.take(seen)
         self._lattice.take(seen)
-        if self._counterfactual and lost is not None:
-            self._counterfactual.take(seen, lost)
+        remedies = self._counterfactual
+        if (
+            remedies and lost is not None
+        ):  # the longest part: beside whatever the caller does until `finish`
+            self._aside.later(lambda: remedies.take(seen, lost))
+
+    def finish(self) -> None:
+        """Wait until nothing of the window is left to do; its arrays may then be filled anew."""
         self._aside.finish()
 
     def datasets(self) -> dict[str, xr.Dataset]:

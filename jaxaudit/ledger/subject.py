@@ -147,9 +147,8 @@ class Aside:
 
     def finish(self) -> None:
         """Wait until nothing is left; what the work raised is raised here."""
-        running, self._running = self._running, []
-        for future in running:
-            future.result()
+        while self._running:  # work may start more work
+            self._running.pop(0).result()
 
     def _run(self, work: Callable[[], None]) -> None:
         with jax.enable_x64(True), jax.default_device(self._device):
