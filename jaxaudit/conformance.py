@@ -15,6 +15,7 @@ from jaxaudit import floats
 from jaxaudit.devices import Device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32
 from jaxaudit.operations import (
+    ExactOperations,
     Float32Operations,
     Formulation,
     NumpyOperations,
@@ -64,6 +65,44 @@ def inexact_operations(device: Device, formulation: Formulation) -> tuple[str, .
         if wrong.any():
             names.append(name + _kind(patterns, wrong))
     return tuple(names)
+
+
+#: Operations of `ExactOperations`, and what NumPy's float64 makes of them.
+_EXACT_CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "addition": (lambda ops, a, b, c: ops.add(a, b), lambda a, b, c: a + b),
+    # Not the product of the last case: what is used twice is not fused.
+    "multiplication": (lambda ops, a, b, c: ops.multiply(b, c), lambda a, b, c: b * c),
+    "division": (lambda ops, a, b, c: ops.divide(a, b), lambda a, b, c: a / b),
+    "square root": (lambda ops, a, b, c: ops.sqrt(a * a), lambda a, b, c: np.sqrt(a * a)),
+    "a product and a sum that are not fused": (
+        lambda ops, a, b, c: ops.add(ops.multiply(a, b), c),
+        lambda a, b, c: a * b + c,
+    ),
+}
+
+
+@functools.lru_cache(maxsize=16)
+def inexact_in_float64(device: Device) -> tuple[str, ...]:
+    """Name the operations of `ExactOperations` whose results are not NumPy's float64, on numbers of usual sizes."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(0, 1, (3, _TRIED)) * np.exp2(rng.integers(-60, 60, (3, _TRIED)))
+    values[2, ::2] = -(values[0] * values[1])[
+        ::2
+    ]  # what is left of the product is its rounding error
+
+    def every(zero: Any, a: Any, b: Any, c: Any) -> dict[str, jax.Array]:
+        return {
+            name: case(ExactOperations(zero), a, b, c) for name, (case, _) in _EXACT_CASES.items()
+        }
+
+    try:
+        found = compile_exactly(every, device)(np.uint32(0), *values)
+    except Exception as error:  # whatever a device without float64 raises
+        return (f"everything ({str(error).splitlines()[0][:80]})",)
+    expected = {name: plain(*values) for name, (_, plain) in _EXACT_CASES.items()}
+    return tuple(
+        name for name, wanted in expected.items() if not np.array_equal(found[name], wanted)
+    )
 
 
 def _all_cases(formulation: Formulation, zero: Any, *patterns: Any) -> tuple[dict, dict]:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxaudit
 from jaxaudit import conformance
-from jaxaudit.conformance import inexact_operations
+from jaxaudit.conformance import inexact_in_float64, inexact_operations
 from jaxaudit.floats import BFLOAT16, FLOAT32
-from jaxaudit.operations import Float32Operations, Float64Operations
+from jaxaudit.operations import ExactOperations, Float32Operations, Float64Operations
+from jaxaudit.replay import SelfTestError
 
 CPU = jax.devices("cpu")[0]
 FORMULATIONS = ("float32", "float64")
@@ -18,9 +20,11 @@ FORMULATIONS = ("float32", "float64")
 def _forget():
     """Results are remembered by device; what a test breaks must not outlive it."""
     inexact_operations.cache_clear()
+    inexact_in_float64.cache_clear()
     with jax.enable_x64(True):
         yield
     inexact_operations.cache_clear()
+    inexact_in_float64.cache_clear()
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -158,3 +162,25 @@ def test_formats_have_their_own_rounding(monkeypatch):
         lambda ops, a, fmt: truncated(ops, a, fmt) if fmt is BFLOAT16 else right(ops, a, fmt),
     )
     assert inexact_operations(CPU, "float32") == ("rounding to bfloat16",)
+
+
+def test_float64_of_this_device_is_numpys():
+    assert inexact_in_float64(CPU) == ()
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "name"),
+    [
+        ("multiply", lambda self, a, b: a * b, "a product and a sum that are not fused"),
+        ("sqrt", lambda self, a: jnp.sqrt(a) * (1 + 2.0**-52), "square root"),
+        ("add", lambda self, a, b: a + b * (1 + 2.0**-52), "addition"),
+    ],
+)
+def test_inexact_float64_is_named_and_stops_the_ledger(monkeypatch, operation, wrong, name):
+    monkeypatch.setattr(ExactOperations, operation, wrong)
+    assert name in inexact_in_float64(CPU)
+    with jaxaudit.open_recording(jaxaudit.sample_paths()[0]) as recording:
+        with pytest.raises(SelfTestError, match=f"float64.*{name}.*--only accounting"):
+            jaxaudit.audit_tree(
+                recording, arithmetics="torch-cpu-loop", backend="cpu", steps=(1, 3)
+            )

@@ -5,13 +5,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from jaxaudit.conformance import inexact_in_float64
 from jaxaudit.ledger.counterfactual import Counterfactual
 from jaxaudit.ledger.lattice import Lattice
 from jaxaudit.ledger.moments import Moments
 from jaxaudit.ledger.subject import Aside, LedgerOptions, Seen, Subject
 from jaxaudit.ledger.updates import Updates
 from jaxaudit.recording import Window
-from jaxaudit.replay import Recorded
+from jaxaudit.replay import Recorded, SelfTestError
 
 #: The groups that a ledger adds to an audit's file.
 GROUPS = ("updates", "moments", "lattice", "tokens", "counterfactual")
@@ -26,9 +27,13 @@ class Ledger:
     Args:
         subject: the recording, the arithmetic, the groups and the steps.
         options: what was asked for.
+
+    Raises:
+        SelfTestError: the device's float64 is inexact.
     """
 
     def __init__(self, subject: Subject, options: LedgerOptions):
+        _require_float64(subject)
         self._subject = subject
         self._aside = Aside(subject.bench.device)
         self._lattice = Lattice(subject, per_token=options.per_token)
@@ -81,3 +86,19 @@ class Ledger:
             "counterfactual": self._counterfactual.dataset() if self._counterfactual else None,
         }
         return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+
+def _require_float64(subject: Subject) -> None:
+    """Make sure that the device's float64 is that of IEEE 754; exact updates are computed in it.
+
+    Raises:
+        SelfTestError: it is not.
+    """
+    device = subject.bench.device
+    inexact = ", ".join(inexact_in_float64(device))
+    subject.bench.replayer.note("the ledger's float64", inexact)
+    if inexact:
+        raise SelfTestError(
+            f"self-test failed on {device.platform} ({device.device_kind}): the ledger needs float64, of which "
+            f"inexact here: {inexact}. Use another backend, for example --backend cpu, or --only accounting."
+        )
