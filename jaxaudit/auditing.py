@@ -256,7 +256,7 @@ def _label_free_run(dataset: xr.Dataset, divergence: Divergence) -> xr.Dataset:
     first = np.where(
         apart.any(axis=1), np.where(apart, steps, np.iinfo(np.int64).max).min(axis=1), 0
     )
-    first[~np.array(divergence.runs)] = results.NOT_AUDITED
+    first[~np.array(divergence.runs, bool)] = results.NOT_AUDITED
     arrays = {
         "mismatch_count": divergence.mismatches,
         "max_ulp_distance": divergence.distances,

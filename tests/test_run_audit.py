@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import html
 import importlib.util
 import json
 import math
@@ -32,12 +33,14 @@ from recordings import Tensor, f32, f64, header_of, parse, serialize, short_run,
 import jaxaudit
 from jaxaudit import auditing, commands, operations, plots, results
 from jaxaudit.arithmetics import CATALOGUE
+from jaxaudit.ledger import figures
 from jaxaudit.replay import SelfTestError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_audit.py"
 CSV_HEADER = "t,norm_predicted,norm_observed,norm_difference,cosine_similarity,ratio"
 #: Enough for what is not about identification, which replays every arithmetic that fits.
-FEW = ("--arithmetic", "torch-cpu-loop,float32-then-bfloat16")
+ONLY = ("--only", "accounting")
+FEW = ("--arithmetic", "torch-cpu-loop,float32-then-bfloat16", *ONLY)
 MISMATCH_FIELDS = ["timestep", "token", "position", "recorded_bits", "replayed_bits"]
 
 
@@ -141,6 +144,7 @@ def test_help(command):
     for option in (
         *("--token-groups", "--backend", "--arithmetic", "--steps", "--output", "--csv", "--plots"),
         *("--expect", "--overwrite", "--json", "--quiet", "--version", "--help"),
+        *("--only", "--report", "--counterfactual-beta2", "--seed", "--per-token"),
     ):
         assert option in outcome.out
     assert "Exit status: 0 the audit ran" in outcome.out
@@ -393,7 +397,7 @@ def test_steps_outside_or_malformed(refused, run, no_work, steps):
     ("steps", "first", "last"), [("2:5", 2, 4), (":3", 1, 2), ("11:", 11, 12), (":", 1, 12)]
 )
 def test_steps(command, run, steps, first, last):
-    assert command(run, "--steps", steps, "--arithmetic", "torch-cpu-loop").status == 0
+    assert command(run, "--steps", steps, "--arithmetic", "torch-cpu-loop", *ONLY).status == 0
     with xr.open_dataset("results/run.nc") as dataset:
         assert list(dataset.timestep.values) == list(range(first, last + 1))
         assert (dataset.mismatch_count == 0).all()
@@ -486,7 +490,7 @@ def test_folder_that_cannot_be(refused, run, folder, no_work, option):
 
 
 def test_new_folders_are_made(command, run, folder):
-    arguments = ("--csv", "b/c/x.csv", "--plots", "d/e", "--arithmetic", "float32")
+    arguments = ("--csv", "b/c/x.csv", "--plots", "d/e", "--arithmetic", "float32", *ONLY)
     assert command(run, "--output", "a/b/c.nc", *arguments).status == 0
     made = {path for path in tree(folder) if path.endswith((".nc", ".csv", ".png"))}
     assert {"a/b/c.nc", "b/c/x-all-float32.csv"} < made and len(made) >= 3
@@ -737,7 +741,7 @@ def test_nonfinite_values_are_counted(command, folder):
 
 def test_tables_hold_what_the_dataset_holds(command, run, folder):
     groups = jaxaudit.sample_paths()[1]
-    arguments = ("--token-groups", groups, "--csv", "tables/x.csv", "--arithmetic")
+    arguments = ("--token-groups", groups, "--csv", "tables/x.csv", *ONLY, "--arithmetic")
     assert command(run, *arguments, "float32,float32-then-bfloat16").status == 0
     names = {
         f"x-{g}-{a}.csv"
@@ -762,12 +766,18 @@ def test_tables_hold_what_the_dataset_holds(command, run, folder):
     ("path", "expected"), [("x", "x-all-float32.csv"), ("x.y.tsv", "x.y-all-float32.tsv")]
 )
 def test_names_of_tables(command, run, folder, path, expected):
-    assert command(run, "--csv", path, "--arithmetic", "float32", "--output", "o.nc").status == 0
+    assert (
+        command(run, "--csv", path, "--arithmetic", "float32", *ONLY, "--output", "o.nc").status
+        == 0
+    )
     assert sorted(os.listdir(folder)) == sorted(["o.nc", "run.safetensors", expected])
 
 
 def test_tables_asked_for_again_under_other_arithmetics(command, run):
-    assert command(run, "--csv", "x.csv", "--arithmetic", "float32", "--output", "a.nc").status == 0
+    assert (
+        command(run, "--csv", "x.csv", "--arithmetic", "float32", *ONLY, "--output", "a.nc").status
+        == 0
+    )
     assert (
         command(
             run, "--csv", "x.csv", "--arithmetic", "float32-then-bfloat16", "--output", "b.nc"
@@ -787,6 +797,74 @@ def test_figures(command, run):
         assert Path(path).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+LEDGER = ("updates", "moments", "lattice", "tokens", "counterfactual")
+
+
+def test_where_the_updates_went(command, run):
+    """The groups, the verdict in three places, the figures and the page come by default."""
+    groups = str(jaxaudit.sample_paths()[1])
+    files = ("--plots", "figures", "--report", "page.html", "--token-groups", groups)
+    beta2 = ("--counterfactual-beta2", "0.9,0.99")
+    arguments = (run, "--arithmetic", "torch-cpu-loop", *files, *beta2, "--overwrite")
+    outcome = command(*arguments, "--per-token")
+    assert (outcome.status, outcome.err) == (0, "")
+    with xr.open_datatree("results/run.nc") as found:
+        assert {*LEDGER, "free_run"} == {*found.children}
+        told = json.loads(found.attrs["verdict"])
+        assert found.attrs["ledger_arithmetic"] == "torch-cpu-loop"
+        assert found.attrs["ledger_arithmetic_replays_exactly"] == 1
+        assert {"beta2-0.9", "beta2-0.99"} <= {*found["counterfactual"].remedy.values}
+        assert found["lattice"].displacement.sizes["token"] == 10
+        counted = found["updates"].wanted_count.sum("timestep")
+        assert (counted > 0).all() and (
+            found["updates"].lost_count <= found["updates"].wanted_count
+        ).all()
+        for each in told:
+            assert f"\n{each['sentence']}\n" in outcome.out
+            for name in each["variables"]:
+                group, variable = name.split(".")
+                assert variable in found[group]
+    assert 3 <= len(told) <= 6
+    assert {*os.listdir("figures")} == {*plots.FIGURES, *figures.FIGURES}
+    page = Path("page.html").read_text()
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert told[0]["sentence"] in html.unescape(page)
+    outcome = command(*arguments, "--json")
+    assert json.loads(outcome.out)["verdict"] == told
+
+
+def test_weights_alone_have_a_ledger_of_their_own(command, folder):
+    tensors, metadata = short_run()
+    kept = {name: tensors[name] for name in ("W", "num_steps")}
+    metadata.pop("hyperparameters")
+    write(folder / "bare.safetensors", kept, metadata)
+    outcome = command("bare.safetensors", "--plots", "figures", "--report", "page.html")
+    assert (outcome.status, outcome.err) == (0, "")
+    with xr.open_datatree("results/bare.nc") as found:
+        assert {*found.children} & {*LEDGER} == {"lattice", "tokens"}
+        assert found.attrs["ledger_arithmetic"] == ""
+    assert Path("page.html").exists() and "cooling.png" in os.listdir("figures")
+
+
+def test_only_accounting(command, run):
+    outcome = command(run, "--arithmetic", "torch-cpu-loop", "--only", "accounting", "--json")
+    assert outcome.status == 0 and json.loads(outcome.out)["verdict"] == []
+    with xr.open_datatree("results/run.nc") as found:
+        assert {*found.children} == {"free_run"} and "verdict" not in found.attrs
+
+
+@pytest.mark.parametrize("values", ["1", "-0.1", "nan", "0.9,x", "0.9,1.5"])
+def test_beta2_that_is_none(refused, run, no_work, values):
+    message = refused(2, run, f"--counterfactual-beta2={values}")
+    assert "--counterfactual-beta2: got" in message and "for example 0.95" in message
+
+
+def test_report_that_exists_already(refused, run, folder, no_work):
+    (folder / "page.html").write_text("old")
+    assert "page.html exists already" in refused(2, run, "--report", "page.html")
+    assert (folder / "page.html").read_text() == "old"
+
+
 def test_long_names(command, run):
     """The temporary name does not have to be longer than the name that is wanted."""
     name = "x" * 250 + ".nc"
@@ -803,7 +881,7 @@ def test_long_schedules_and_metadata(command, folder):
     given = {"lr": rates, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0}
     metadata = {"hyperparameters": json.dumps(given), "text": "é" * 100_000}
     write(folder / "x.safetensors", tensors, metadata)
-    outcome = command("x.safetensors", "--arithmetic", "torch-cpu-loop")
+    outcome = command("x.safetensors", "--arithmetic", "torch-cpu-loop", *ONLY)
     assert outcome.status == 0 and outcome.err == ""
     with xr.open_dataset("results/x.nc") as dataset:
         np.testing.assert_array_equal(dataset.learning_rate, rates[1:])
@@ -826,7 +904,7 @@ def test_expectation_not_met(command, run):
 
 
 def test_expectation_is_replayed_whatever_else_is_asked_for(command, run):
-    outcome = command(run, "--expect", "torch-cpu-loop", "--arithmetic", "float32", "--json")
+    outcome = command(run, "--expect", "torch-cpu-loop", "--arithmetic", "float32", *ONLY, "--json")
     assert outcome.status == 0 and json.loads(outcome.out)["expectation_met"] is True
     assert set(json.loads(outcome.out)["arithmetics"]) == {"float32", "torch-cpu-loop"}
 

@@ -72,12 +72,13 @@ def test_benchmark_times_every_job(
     script: Any, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "out" / "benchmark.json"
-    arguments = [str(recording), "--rounds", "1", "--output", str(output)]
+    jobs = ["read", "audit", "accounting", "ledger", "notebook"]
+    arguments = [str(recording), "--rounds", "1", "--output", str(output), "--jobs", ",".join(jobs)]
     assert script("benchmark").main(arguments) == 0
     printed = capsys.readouterr()
     assert "round 1 of 1: notebook" in printed.err
     found = json.loads(output.read_text())
-    assert list(found["jobs"]) == list(script("benchmark").JOBS)
+    assert list(found["jobs"]) == jobs and {*jobs} < {*script("benchmark").JOBS}
     assert found["recording"]["elements"] == STEPS * TOKENS * WIDTH
     for job, figures in found["jobs"].items():
         assert f"\n{job} " in printed.out
