@@ -373,7 +373,8 @@ def _writers(
 
 def drawn(found: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, Figure]]:
     """Draw every figure for which the groups are there, with its file name."""
-    for name, draw in plots.FIGURES.items():
+    replayed = found[""].sizes["arithmetic"] > 0  # weights alone replay under none
+    for name, draw in plots.FIGURES.items() if replayed else ():
         yield name, draw(found[""])
     for name, (groups, draw) in ledger_figures.FIGURES.items():
         if found.keys() >= set(groups):

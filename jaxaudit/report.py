@@ -115,6 +115,8 @@ def _lead(root: xr.Dataset) -> str:
         f"Replays bit for bit under {fits}."
         if fits
         else "No arithmetic that was tried replays this recording bit for bit."
+        if root.sizes["arithmetic"]
+        else "The recording lacks what a replay needs: no arithmetic was tried."
     )
     followed = root.attrs.get("ledger_arithmetic", "")
     if followed:
@@ -158,7 +160,7 @@ def _drawn(tree: Tree) -> Iterator[tuple[str, Figure]]:
             yield name, draw(*(tree[group] for group in groups))
     root = tree[""]
     names = [verdict.short(name) for name in group_names(root)]
-    if len(names) == len(set(names)) <= AUDIT_GROUPS:
+    if root.sizes["arithmetic"] and len(names) == len(set(names)) <= AUDIT_GROUPS:
         for name, draw in AUDIT_FIGURES.items():
             yield name, draw(root.assign_coords(token_group=names))
 

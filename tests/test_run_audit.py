@@ -843,7 +843,9 @@ def test_weights_alone_have_a_ledger_of_their_own(command, folder):
     with xr.open_datatree("results/bare.nc") as found:
         assert {*found.children} & {*LEDGER} == {"lattice", "tokens"}
         assert found.attrs["ledger_arithmetic"] == ""
-    assert Path("page.html").exists() and "cooling.png" in os.listdir("figures")
+    drawn = os.listdir("figures")
+    assert "cooling.png" in drawn and "agreement.png" not in drawn
+    assert "no arithmetic was tried" in Path("page.html").read_text()
 
 
 def test_only_accounting(command, run):
