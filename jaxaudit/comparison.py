@@ -30,8 +30,8 @@ from jaxaudit.recording import TokenGroups
 #: Bits of `inspect`: non-zero and too small for float32 sums, infinite or NaN, not a storage-format value.
 TINY, NONFINITE, UNREPRESENTABLE = np.uint8(1), np.uint8(2), np.uint8(4)
 
-_LANES = 8  # one vector register of float32
-_BLOCK = 256  # columns whose slices are added up in one expression
+#: Columns whose slices are combined in one expression.
+BLOCK = 256
 
 
 class Comparison:
@@ -155,29 +155,41 @@ def _change(ops: Operations, after: Any, before: Any) -> Any:
     return ops.float64(ops.subtract(after, before))
 
 
-def _fold(values: Any, combine: Callable) -> Any:
-    """Combine the columns of (rows, width) into at most `_LANES` per block, in a fixed order."""
+def fold(values: Any, combine: Callable) -> Any:
+    """Combine the columns of (rows, width) into a few lanes, in a fixed order; repeated, until one is left.
+
+    Columns k, k + lanes, ... of each block of 256 are combined from left to right, and so are the rest.
+    """
     rows, width = values.shape
-    if width < 2 * _LANES:
+    each = lanes_of(width)
+    if not each:
         return functools.reduce(combine, [values[:, k : k + 1] for k in range(width)])
-    blocks = width // _BLOCK * _BLOCK
-    lanes = width // _LANES * _LANES
+    blocks = width // BLOCK * BLOCK
+    lanes = width // each * each
     folded = []
     if blocks:
-        by_block = values[:, :blocks].reshape(rows, -1, _BLOCK)
-        slices = [by_block[..., k : k + _LANES] for k in range(0, _BLOCK, _LANES)]
+        by_block = values[:, :blocks].reshape(rows, -1, BLOCK)
+        slices = [by_block[..., k : k + each] for k in range(0, BLOCK, each)]
         folded.append(functools.reduce(combine, slices).reshape(rows, -1))
     if lanes > blocks:
-        slices = [values[:, k : k + _LANES] for k in range(blocks, lanes, _LANES)]
+        slices = [values[:, k : k + each] for k in range(blocks, lanes, each)]
         folded.append(functools.reduce(combine, slices))
     if width > lanes:
         folded.append(values[:, lanes:])
     return folded[0] if len(folded) == 1 else jnp.concatenate(folded, axis=-1)
 
 
+def lanes_of(width: int) -> int:
+    """Tell how many columns of a row of so many are combined side by side; 0: one after the other.
+
+    Sixteen let XLA:CPU use whole registers of AVX-512; eight of them, or of AVX2's, keep it from using any.
+    """
+    return 16 if width >= 32 else 8 if width > 16 else 0
+
+
 @functools.lru_cache(maxsize=64)
 def _fold_program(combine: Callable, device: Device) -> Callable:
-    return compile_exactly(jax.vmap(lambda lanes: _fold(lanes, combine)), device)
+    return compile_exactly(jax.vmap(lambda lanes: fold(lanes, combine)), device)
 
 
 def _properties(patterns: Any, fmt: Format, storage: Format) -> Any:
@@ -203,7 +215,7 @@ def _inspect_program(fmt: Format, storage: Format, device: Device) -> Callable:
 def _tally_program(fmt: Format, storage: Format, bit: int, width: int, device: Device) -> Callable:
     def one_step(patterns: Any) -> jax.Array:
         found = (_properties(patterns, fmt, storage) & np.uint8(bit)) != 0
-        return _fold(found.astype(jnp.int32).reshape(-1, width), jnp.add)
+        return fold(found.astype(jnp.int32).reshape(-1, width), jnp.add)
 
     return compile_exactly(jax.vmap(one_step), device)
 
@@ -213,8 +225,12 @@ def _count_program(
     replayed_format: Format, recorded_format: Format, width: int, device: Device
 ) -> Callable:
     def one_step(replayed: Any, recorded: Any) -> jax.Array:
-        a, b = widen_patterns(replayed, replayed_format), widen_patterns(recorded, recorded_format)
-        return _fold(differ(a, b).astype(jnp.int32).reshape(-1, width), jnp.add)
+        if replayed_format is recorded_format:
+            differs = differ(replayed, recorded, recorded_format)
+        else:
+            a = widen_patterns(replayed, replayed_format)
+            differs = differ(a, widen_patterns(recorded, recorded_format))
+        return fold(differs.astype(jnp.int32).reshape(-1, width), jnp.add)
 
     return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
 
@@ -235,9 +251,11 @@ def _distance_program(
         return jnp.where(nan, middle + np.uint32(recorded_format.infinity + 1), signed)
 
     def one_step(replayed: Any, recorded: Any) -> jax.Array:
-        wide = widen_patterns(replayed, replayed_format)
-        a, b = line(narrow_patterns(wide, recorded_format)), line(recorded)
-        return _fold((jnp.maximum(a, b) - jnp.minimum(a, b)).reshape(-1, width), jnp.maximum)
+        if replayed_format is not recorded_format:
+            wide = widen_patterns(replayed, replayed_format)
+            replayed = narrow_patterns(wide, recorded_format)
+        a, b = line(replayed), line(recorded)
+        return fold((jnp.maximum(a, b) - jnp.minimum(a, b)).reshape(-1, width), jnp.maximum)
 
     return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
 
@@ -252,7 +270,7 @@ def _roundings_program(width: int, device: Device) -> Callable:
         terms = (stochastic.away(replayed, wide).astype(jnp.float64), low, low * (65536 - low))
         return tuple(
             tuple(
-                _fold(jnp.where(counted & (bins == b), term, 0.0).reshape(-1, width), jnp.add)
+                fold(jnp.where(counted & (bins == b), term, 0.0).reshape(-1, width), jnp.add)
                 for b in range(stochastic.BINS)
             )
             for term in terms
@@ -270,7 +288,7 @@ def _observed_program(
 
         def one_step(before: Any, after: Any) -> jax.Array:
             change = _change(ops, ops.decode(after, fmt), ops.decode(before, fmt))
-            return _fold((change * change).reshape(-1, width), jnp.add)
+            return fold((change * change).reshape(-1, width), jnp.add)
 
         return jax.vmap(one_step)(recorded[:-1], recorded[1:])
 
@@ -294,7 +312,7 @@ def _products_program(
             predicted, observed = _change(ops, p, w), _change(ops, o, w)
             difference = _change(ops, p, o)
             terms = (predicted * predicted, difference * difference, predicted * observed)
-            return tuple(_fold(term.reshape(-1, width), jnp.add) for term in terms)
+            return tuple(fold(term.reshape(-1, width), jnp.add) for term in terms)
 
         return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])
 

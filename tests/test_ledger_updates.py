@@ -677,19 +677,20 @@ def test_nothing_depends_on_windows(tmp_path, monkeypatch):
             np.testing.assert_allclose(cut[name], array, rtol=1e-9, atol=1e-14 * scale)
 
 
-@pytest.mark.parametrize("width", [1, 15, 17, 64, 300, 4400])
+@pytest.mark.parametrize("width", [1, 16, 17, 33, 64, 300, 4400])
 def test_sums_are_added_in_one_order(tmp_path, width):
-    """Lanes of 8 columns in blocks of 256, from left to right, again and again until one is left."""
+    """Lanes of 16 columns (8 of narrow rows) in blocks of 256, from left to right, until one is left."""
 
     def folded(row: np.ndarray) -> float:
         while row.size > 1:
-            parts, blocks, lanes = [], row.size // 256 * 256, row.size // 8 * 8
-            if row.size < 16:
+            parts, blocks, each = [], row.size // 256 * 256, 16 if row.size >= 32 else 8
+            lanes = row.size // each * each
+            if row.size <= 16:
                 blocks, lanes = 0, 0
             for begin in range(0, blocks, 256):
-                parts.append(from_left(row[begin : begin + 256].reshape(-1, 8)))
+                parts.append(from_left(row[begin : begin + 256].reshape(-1, each)))
             if lanes > blocks:
-                parts.append(from_left(row[blocks:lanes].reshape(-1, 8)))
+                parts.append(from_left(row[blocks:lanes].reshape(-1, each)))
             parts.append(row[lanes:] if lanes else from_left(row[:, None]))
             row = np.concatenate(parts)
         return float(row[0])

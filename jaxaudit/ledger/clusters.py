@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.comparison import _fold
+from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.floats import Format
 from jaxaudit.operations import compile_exactly
@@ -158,9 +158,9 @@ def _hash_program(fmt: Format, width: int, device: Device) -> Callable:
         factors = _factors(width)
         changed = (before != after).astype(jnp.int32).reshape(-1, width)
         return {
-            "hash0": _fold(bits * factors[0], jnp.add),
-            "hash1": _fold(bits * factors[1], jnp.add),
-            "changed": _fold(changed, jnp.add),
+            "hash0": fold(bits * factors[0], jnp.add),
+            "hash1": fold(bits * factors[1], jnp.add),
+            "changed": fold(changed, jnp.add),
         }
 
     return compile_exactly(lambda w: jax.vmap(one_step)(w[:-1], w[1:]), device)

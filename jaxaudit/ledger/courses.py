@@ -17,7 +17,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import floats
-from jaxaudit.comparison import _fold
+from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.floats import BFLOAT16, FLOAT32, Format
 from jaxaudit.ledger.ranges import Envelope, Range, RangeOperations, SparingOperations, ordinary
@@ -481,7 +481,7 @@ def rows_program(
     n = rows * plan.width
 
     def by_row(values: Any) -> Any:
-        return _fold(values.reshape(-1, plan.width), jnp.add)
+        return fold(values.reshape(-1, plan.width), jnp.add)
 
     def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, results: Any) -> Any:
         state, codes, chance = results
@@ -515,7 +515,7 @@ def _squared(ops: Operations, a: Value, b: Value, zero: Value) -> Value:
 def lanes_program(device: Device) -> Callable:
     """Add up the lanes of rows once more."""
     return compile_exactly(
-        lambda arrays: jax.tree.map(lambda lanes: _fold(lanes, jnp.add), arrays), device
+        lambda arrays: jax.tree.map(lambda lanes: fold(lanes, jnp.add), arrays), device
     )
 
 

@@ -24,7 +24,7 @@ import xarray as xr
 from jax import lax
 from numpy.typing import NDArray
 
-from jaxaudit.comparison import _fold, sum_groups
+from jaxaudit.comparison import fold, sum_groups
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.ledger.clusters import Clusters, hash_rows
@@ -386,7 +386,7 @@ def _rows_program(fmt: Format, width: int, device: Device, plain: bool) -> Calla
             "crossings": crosses.astype(jnp.int32),
             "change_squares": _square(change),
         }
-        return {name: _fold(x.reshape(-1, width), _COMBINES[name]) for name, x in values.items()}
+        return {name: fold(x.reshape(-1, width), _COMBINES[name]) for name, x in values.items()}
 
     def whole(zero: Any, w: Any) -> dict[str, jax.Array]:
         ops = operations_of("float64", zero)
@@ -399,7 +399,7 @@ def _rows_program(fmt: Format, width: int, device: Device, plain: bool) -> Calla
 def _lanes_program(device: Device) -> Callable:
     def whole(lanes: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: jax.vmap(functools.partial(_fold, combine=_COMBINES[name]))(x)
+            name: jax.vmap(functools.partial(fold, combine=_COMBINES[name]))(x)
             for name, x in lanes.items()
         }
 
@@ -414,6 +414,6 @@ def _special_program(fmt: Format, width: int, device: Device) -> Callable:
         wide = widen_patterns(patterns, fmt) & _MAGNITUDE
         subnormal = wide - np.uint32(1) < np.uint32((1 << 23) - 1)  # zero wraps around
         special = subnormal | (wide >= _EXPONENT)
-        return _fold(special.astype(jnp.uint8).reshape(-1, width), jnp.maximum)
+        return fold(special.astype(jnp.uint8).reshape(-1, width), jnp.maximum)
 
     return compile_exactly(jax.vmap(one_state), device)

@@ -20,7 +20,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import scalars
-from jaxaudit.comparison import _fold
+from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT16, FLOAT32, Format, decode
 from jaxaudit.free_running import FreeRun
@@ -668,7 +668,7 @@ def _pairs_program(formats: tuple[Format, ...], device: Device) -> Callable:
 def _rows_program(layout: _Layout, device: Device) -> Callable:
     """Return what follows each element's steps in a row, and adds up each row's facts and steps.
 
-    Rows come folded to a few lanes (see `comparison._fold`): (length, rows, lanes).
+    Rows come folded to a few lanes (see `comparison.fold`): (length, rows, lanes).
     """
 
     def one_step(streaks: Any, timestep: Any) -> tuple[Any, Any]:
@@ -681,7 +681,7 @@ def _rows_program(layout: _Layout, device: Device) -> Callable:
         return after, tuple(found)
 
     def folded(values: Any, combine: Callable) -> jax.Array:
-        return jax.vmap(lambda each: _fold(each.reshape(-1, layout.width), combine))(values)
+        return jax.vmap(lambda each: fold(each.reshape(-1, layout.width), combine))(values)
 
     def whole(codes: Any, streaks: Any, steps: Any) -> Any:
         counts = jnp.arange(codes.shape[0]) < steps
@@ -700,7 +700,7 @@ def _finish_program(layout: _Layout, device: Device) -> Callable:
 
     def folded(lanes: Any, combine: Callable) -> Any:
         while lanes.shape[-1] > 1:
-            lanes = jax.vmap(lambda each: _fold(each, combine))(lanes)
+            lanes = jax.vmap(lambda each: fold(each, combine))(lanes)
         return lanes[..., 0]
 
     def whole(packed: Any, lengths: Any, longest: Any) -> Any:

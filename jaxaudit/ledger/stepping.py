@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit import floats
-from jaxaudit.comparison import _fold
+from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.ledger.courses import (
     Before,
@@ -297,7 +297,7 @@ def _by_row(values: NDArray[Any], width: int) -> NDArray[Any]:
     """Add up the rows in the order in which the device does."""
     lanes = values.reshape(-1, width)
     while lanes.shape[1] > 1:
-        lanes = np.asarray(_fold(lanes, np.add))
+        lanes = np.asarray(fold(lanes, np.add))
     return lanes[:, 0]
 
 

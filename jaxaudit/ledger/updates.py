@@ -19,7 +19,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import results
-from jaxaudit.comparison import sum_groups
+from jaxaudit.comparison import BLOCK, lanes_of, sum_groups
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, FLOAT64, Format
 from jaxaudit.ledger import counting, variables
@@ -61,9 +61,6 @@ _UNDEFINED_BITS = np.uint64(FLOAT64.sign_bit)
 
 #: Elements that are computed at once: float64 numbers of so many stay in the cache, and in memory that malloc keeps.
 _BLOCK = 1 << 20
-
-#: Sums over columns are made of so many at a time, in lanes of so many.
-_SLICES, _LANES = 32, 8
 
 
 class Updates:
@@ -297,16 +294,16 @@ def _finite(patterns: Any, fmt: Format) -> Any:
 def _fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
     """Sum the rows of several (rows, width) arrays in one pass over memory, each in the same fixed order.
 
-    As `comparison._fold`: columns k, k + 8, ... of each block of 256 are added from left to right, which leaves 8
-    lanes to a block; so are the rest; until one column is left. XLA reduces several arrays at once by a plain loop
-    for each element of the result, without splitting it: the order is the one written.
+    As `comparison.fold` does, until one column is left. XLA reduces several arrays at once by a plain loop for
+    each element of the result, without splitting it: the order is the one written.
     """
     while width > 1:
-        parts, lanes = [], width // _LANES * _LANES if width >= 2 * _LANES else 0
-        blocks = width // (_SLICES * _LANES) * (_SLICES * _LANES)
+        each = lanes_of(width)
+        parts, lanes = [], width // each * each if each else 0
+        blocks = width // BLOCK * BLOCK
         for begin, end, shape in (
-            (0, blocks, (-1, _SLICES, _LANES)),
-            (blocks, lanes, (1, (lanes - blocks) // _LANES, _LANES)),
+            (0, blocks, (-1, BLOCK // max(each, 1), each)),
+            (blocks, lanes, (1, (lanes - blocks) // max(each, 1), each)),
         ):
             if end > begin:
                 parts.append(_added([x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]))
