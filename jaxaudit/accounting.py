@@ -18,11 +18,11 @@ from jaxaudit.comparison import (
     sum_groups,
 )
 from jaxaudit.floats import FLOAT16, Format
-from jaxaudit.operations import Formulation, narrow_patterns
+from jaxaudit.operations import Formulation, combined, narrow_patterns
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
 from jaxaudit.replay import Program, Recorded
 from jaxaudit.steps import STAGES, Stage, Step
-from jaxaudit.workbench import Candidate, Workbench
+from jaxaudit.workbench import Candidate, Place, Workbench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,23 +173,40 @@ class Accountant:
     ):
         self._bench, self._tables = bench, tables
         self._candidates, self._divergence = candidates, divergence
+        self._started: dict[Place, tuple[jax.Array, jax.Array]] = {}
         #: Whether steps before the audited ones must be read for what was not recorded.
         self.needs_run_up = any(bench.hidden(candidate) for candidate in candidates)
         for a, candidate in enumerate(candidates):
             tables.mark_audited(a, bench.stages(candidate))
 
+    def start(self, window: Window, arrays: Recorded) -> None:
+        """Start what the device has to do for a window, which `account` must follow.
+
+        The next window may be started before this one is accounted for: the device goes on with it while the host
+        looks at this one's results.
+
+        Args:
+            window: the window.
+            arrays: its recorded patterns, on the device.
+        """
+        bench, storage = self._bench, self._bench.recording.storage
+        param = bench.comparison.start_inspection(arrays["param"], storage, storage)
+        squares = bench.comparison.start_squared_norms(arrays["param"], storage, "float32")
+        self._started[window.first, window.rows] = param, squares
+        for candidate in self._candidates:
+            bench.start(candidate, window, arrays)
+
     def account(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
-        """Replay and compare one window under every arithmetic.
+        """Compare one window, started before, under every arithmetic.
 
         Args:
             window: the window.
             arrays: its recorded patterns, on the device.
             members: each group's rows in it.
         """
-        param = self._bench.comparison.inspect(
-            arrays["param"], self._bench.recording.storage, self._bench.recording.storage
-        )
-        observed = self._observe(window, arrays, members, bool(param & TINY))
+        looked, squares = self._started.pop((window.first, window.rows))
+        param = combined(looked)
+        observed = self._observe(window, arrays, members, None if param & TINY else squares)
         clean: set[str] = set()
         for a, candidate in enumerate(self._candidates):
             read = self._bench.with_hidden(candidate, window, arrays)
@@ -221,9 +238,12 @@ class Accountant:
         bench, program = self._bench, self._bench.program(candidate, stage)
         flags, formulation = bench.flags(candidate, stage, window, arrays)
         chance = stage == "param" and program.step.stochastic
-        if not flags.any() and not chance:
+        if flags is None and not chance:
             return _Outcome(program, formulation, None, None)
         replayed = bench.results(candidate, stage, window, arrays, formulation)
+        if flags is None:
+            elements = (window.rows[1] - window.rows[0]) * bench.recording.width
+            flags = np.zeros((window.steps, elements), np.uint8)
         return _Outcome(program, formulation, flags, replayed)
 
     def _enter(
@@ -242,9 +262,10 @@ class Accountant:
             outcome.replayed, outcome.program.result, arrays[stage], outcome.program.recorded
         )
         if stage == "param" and outcome.program.step.stochastic:
-            wrong = outcome.flags.reshape(window.steps, counts.shape[1], -1) != 0
-            counts[: window.steps] = wrong.sum(axis=-1)
-            distances[: window.steps][~wrong.any(axis=-1)] = 0
+            rows = window.rows[1] - window.rows[0]
+            wrong = outcome.flags.reshape(window.steps, rows, -1) != 0
+            counts[: window.steps, :rows] = wrong.sum(axis=-1)
+            distances[: window.steps, :rows][~wrong.any(axis=-1)] = 0
             self._enter_roundings(a, outcome, window, arrays, members)
             if not wrong.any():
                 return
@@ -287,12 +308,14 @@ class Accountant:
         window: Window,
         arrays: Recorded,
         members: list[NDArray[np.int64]],
-        tiny: bool,
+        squares: jax.Array | None,
     ) -> NDArray[np.float64]:
-        formulation: Formulation = "float64" if tiny else "float32"
-        rows = self._bench.comparison.squared_norms(
-            arrays["param"], self._bench.recording.storage, formulation
-        )
+        """Enter the squared norms of the recorded change; in float64 if `squares`, of float32, is None."""
+        comparison, storage = self._bench.comparison, self._bench.recording.storage
+        if squares is None:
+            rows = comparison.squared_norms(arrays["param"], storage, "float64")
+        else:
+            rows = comparison.finished(squares)
         sums = sum_groups(rows[: window.steps], members)
         self._tables.observed[self._tables.place(window)] += sums
         return sums

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,14 @@ import xarray as xr
 from jaxaudit import results, stochastic
 from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.comparison import members_within
-from jaxaudit.devices import Backend, find_device
+from jaxaudit.devices import Backend, find_devices
 from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import check_names, choose
 from jaxaudit.ledger import verdict
 from jaxaudit.ledger.ledger import Ledger
 from jaxaudit.ledger.subject import LedgerOptions, Subject
 from jaxaudit.provenance import provenance
-from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, token_groups_of
+from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window, token_groups_of
 from jaxaudit.safetensors_file import FileError
 from jaxaudit.steps import STAGES
 from jaxaudit.workbench import Candidate, Workbench, check_steps
@@ -38,6 +38,7 @@ def audit(
     *,
     arithmetics: str | Sequence[str] = "auto",
     backend: Backend = "auto",
+    devices: int | None = None,
     steps: tuple[int, int] | None = None,
     window_steps: int | None = None,
     progress: Progress | None = None,
@@ -50,6 +51,8 @@ def audit(
         arithmetics: "auto" (identify, then replay the identified one and `float32-then-bfloat16`), "all",
             or names of the catalogue.
         backend: where JAX runs.
+        devices: how many of its devices; by default one CPU, or all there are of another kind. The result does
+            not depend on it.
         steps: range of steps, 1-based, the end not included; by default all.
         window_steps: steps per window; the result does not depend on it.
         progress: called after each window.
@@ -60,10 +63,12 @@ def audit(
     Raises:
         FileError: the recording cannot be read, or does not fit the groups.
         ValueError: an unknown arithmetic, or steps outside the recording.
-        BackendError: the backend is absent.
+        BackendError: the backend is absent, or has fewer devices.
         SelfTestError: the device cannot compute what the audit needs.
     """
-    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    request = _Request(
+        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
+    )
     return _audit(request)[""]
 
 
@@ -73,6 +78,7 @@ def free_run(
     *,
     arithmetics: str | Sequence[str] = "auto",
     backend: Backend = "auto",
+    devices: int | None = None,
     steps: tuple[int, int] | None = None,
     window_steps: int | None = None,
     progress: Progress | None = None,
@@ -88,6 +94,7 @@ def free_run(
         groups: as for `audit`; so are all other arguments.
         arithmetics: which.
         backend: where JAX runs.
+        devices: how many of them.
         steps: range of steps; the run starts from the recorded state before the first of them.
         window_steps: steps per window.
         progress: called after each window.
@@ -98,7 +105,9 @@ def free_run(
     Raises:
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
-    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    request = _Request(
+        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
+    )
     return _audit(request, run_freely=True)["free_run"]
 
 
@@ -108,6 +117,7 @@ def audit_groups(
     *,
     arithmetics: str | Sequence[str] = "auto",
     backend: Backend = "auto",
+    devices: int | None = None,
     steps: tuple[int, int] | None = None,
     window_steps: int | None = None,
     progress: Progress | None = None,
@@ -120,6 +130,7 @@ def audit_groups(
         groups: as for `audit`; so are all other arguments but the last.
         arithmetics: which; the ledger follows the first that fits.
         backend: where JAX runs.
+        devices: how many of them; the ledger uses the first.
         steps: range of steps.
         window_steps: steps per window.
         progress: called after each window.
@@ -132,7 +143,9 @@ def audit_groups(
     Raises:
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
-    request = _Request(recording, groups, arithmetics, backend, steps, window_steps, progress)
+    request = _Request(
+        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
+    )
     return _audit(request, run_freely=True, ledger=ledger)
 
 
@@ -152,6 +165,7 @@ class _Request:
     groups: TokenGroups | None
     arithmetics: str | Sequence[str]
     backend: Backend
+    devices: int | None
     steps: tuple[int, int] | None
     window_steps: int | None
     progress: Progress | None
@@ -166,13 +180,13 @@ def _audit(
     check_names(request.arithmetics)
     _check_groups(recording, groups)
     steps = check_steps(recording, request.steps)
-    device = find_device(request.backend)
+    devices = find_devices(request.backend, request.devices)
     with (
         jax.enable_x64(True),
-        jax.default_device(device),
+        jax.default_device(devices[0]),
         contextlib.ExitStack() as unfinished,
     ):
-        bench = Workbench(recording, device, steps, request.window_steps)
+        bench = Workbench(recording, devices, steps, request.window_steps)
         choice = choose(bench, request.arithmetics)
         candidates = choice.candidates
         tables = Tables(recording, groups, len(candidates), steps)
@@ -210,8 +224,8 @@ def _read(
         for window in bench.windows((1, bench.steps[0])):
             accountant.run_up(window)
     done, total = 0, bench.bytes(bench.steps)
-    for window in bench.windows(bench.steps):
-        arrays, members = bench.put(window), members_within(groups, window.rows)
+    for window, arrays in _one_ahead(bench, accountant):
+        members = members_within(groups, window.rows)
         if book:
             book.take(window, arrays, members)
         accountant.account(window, arrays, members)
@@ -220,6 +234,21 @@ def _read(
         done += sum(array.nbytes for array in window.tensors.values())
         if request.progress:
             request.progress(min(done, total), total)
+
+
+def _one_ahead(
+    bench: Workbench, accountant: Accountant
+) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
+    """Return each window after the next one was started, so that the device never waits for the host."""
+    held = None
+    for window in bench.windows(bench.steps):
+        arrays = bench.put(window)
+        accountant.start(window, arrays)
+        if held:
+            yield held
+        held = window, arrays
+    if held:
+        yield held
 
 
 def _replays(tables: Tables, a: int) -> bool:
@@ -365,7 +394,7 @@ def _provenance(
         "storage_format": recording.storage.name,
         "state_precision": _state_precision(recording, dataset),
         "self_test": _json(bench.replayer.self_tests()),
-    } | provenance(bench.device)
+    } | provenance(bench.device, len(bench.placement.devices))
 
 
 def fitting_arithmetics(dataset: xr.Dataset) -> list[str]:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from jaxaudit import auditing, identification, plots, report, results, summary, workbench
 from jaxaudit.arithmetics import CATALOGUE
-from jaxaudit.devices import BackendError, find_device
+from jaxaudit.devices import BackendError, find_devices
 from jaxaudit.ledger import figures as ledger_figures
 from jaxaudit.ledger.subject import LedgerOptions
 from jaxaudit.recording import (
@@ -65,6 +65,7 @@ class AuditRequest:
     recording: str | None = None
     token_groups: str | None = None
     backend: Any = "auto"
+    devices: int | None = None
     arithmetic: str = "auto"
     steps: str | None = None
     output: str | None = None
@@ -95,7 +96,7 @@ def run_audit(
         )
         wanted, ledger = _wanted_arithmetics(request), _wanted_ledger(request)
         keep_freed_memory()
-        find_device(request.backend)  # before any file is opened
+        find_devices(request.backend, request.devices)  # before any file is opened
         with _open(request) as recording:
             groups = _groups(request, recording)
             steps = _steps(request, recording)
@@ -108,6 +109,7 @@ def run_audit(
                 groups,
                 arithmetics=wanted,
                 backend=request.backend,
+                devices=request.devices,
                 steps=steps,
                 progress=progress,
                 ledger=ledger,

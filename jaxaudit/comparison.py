@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaudit import stochastic
-from jaxaudit.devices import Device
+from jaxaudit.devices import Device, on_host
 from jaxaudit.floats import BFLOAT16, FLOAT32, Format, differ
 from jaxaudit.operations import (
     Formulation,
     Operations,
+    any_bits,
+    combined,
     compile_exactly,
     narrow_patterns,
     operations_of,
@@ -48,8 +50,11 @@ class Comparison:
 
     def inspect(self, patterns: Any, fmt: Format, storage: Format) -> int:
         """Tell which of TINY, NONFINITE and UNREPRESENTABLE occur among patterns of `fmt`."""
-        found = np.asarray(_inspect_program(fmt, storage, self._device)(patterns))
-        return int(np.bitwise_or.reduce(found, axis=None))
+        return combined(self.start_inspection(patterns, fmt, storage))
+
+    def start_inspection(self, patterns: Any, fmt: Format, storage: Format) -> jax.Array:
+        """Start what `inspect` does; `operations.combined` ends it."""
+        return _inspect_program(fmt, storage, self._device)(patterns)
 
     def tally(
         self, patterns: Any, fmt: Format, storage: Format, bit: np.uint8
@@ -73,19 +78,29 @@ class Comparison:
             Two arrays of shape (steps, rows).
         """
         key = (replayed_format, recorded_format, self._width, self._device)
-        counts = _count_program(*key)(replayed, recorded)
-        distances = _distance_program(*key)(replayed, recorded)
+        counts = self._folded(_count_program(*key)(replayed, recorded), jnp.add)
+        distances = self._folded(_distance_program(*key)(replayed, recorded), jnp.maximum)
         return (
-            self._finish(counts, jnp.add).astype(np.int64),
-            self._finish(distances, jnp.maximum).astype(np.int64),
+            self.finished(counts).astype(np.int64),
+            self.finished(distances).astype(np.int64),
         )
 
     def squared_norms(
         self, recorded: Any, fmt: Format, formulation: Formulation
     ) -> NDArray[np.float64]:
         """Sum the squares of each row's recorded change, (steps, rows), from (steps + 1, elements)."""
+        return self.finished(self.start_squared_norms(recorded, fmt, formulation))
+
+    def start_squared_norms(
+        self, recorded: Any, fmt: Format, formulation: Formulation
+    ) -> jax.Array:
+        """Start what `squared_norms` does; `finished` ends it."""
         program = _observed_program(fmt, self._width, formulation, self._device)
-        return self._finish(program(np.uint32(0), recorded), jnp.add)
+        return self._folded(program(np.uint32(0), recorded), jnp.add)
+
+    def finished(self, rows: jax.Array) -> NDArray[Any]:
+        """Return the last lane of rows on the host."""
+        return np.asarray(rows)[..., 0]
 
     def inner_products(
         self,
@@ -104,8 +119,8 @@ class Comparison:
         program = _products_program(
             replayed_format, recorded_format, self._width, formulation, self._device
         )
-        sums = program(np.uint32(0), replayed, recorded)
-        return tuple(self._finish(each, jnp.add) for each in sums)
+        sums = [self._folded(x, jnp.add) for x in program(np.uint32(0), replayed, recorded)]
+        return tuple(self.finished(each) for each in sums)
 
     def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
         """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
@@ -125,9 +140,12 @@ class Comparison:
         return away.astype(np.float64), fractions / 2.0**16, products / 2.0**32
 
     def _finish(self, lanes: jax.Array, combine: Callable) -> NDArray[Any]:
+        return self.finished(self._folded(lanes, combine))
+
+    def _folded(self, lanes: jax.Array, combine: Callable) -> jax.Array:
         while lanes.shape[-1] > 1:
             lanes = _fold_program(combine, self._device)(lanes)
-        return np.asarray(lanes)[..., 0]
+        return lanes
 
 
 def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
@@ -208,7 +226,11 @@ def _properties(patterns: Any, fmt: Format, storage: Format) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _inspect_program(fmt: Format, storage: Format, device: Device) -> Callable:
-    return compile_exactly(lambda patterns: _properties(patterns, fmt, storage), device)
+    def whole(patterns: Any) -> jax.Array:
+        flags = _properties(patterns, fmt, storage)
+        return flags if on_host(device) else any_bits(flags)
+
+    return compile_exactly(whole, device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -84,7 +84,7 @@ class FreeRun:
                 "Use another backend, for example --backend cpu."
             )
         self._fast = not verdicts["float32"]
-        self._device = replayer.device
+        self._placement, self._device = replayer.placement, replayer.device
 
     def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
         """Run through a window.
@@ -146,7 +146,7 @@ class FreeRun:
 
     def _put(self, state: Iterable[NDArray[Any]]) -> tuple[jax.Array, ...]:
         """Hand a state to the device, where the program's own state is: it is compiled anew for any other place."""
-        return tuple(jax.device_put(each, self._device) for each in state)
+        return tuple(self._placement.put_one(each) for each in state)
 
     def _run(
         self, scalars: Scalars, arrays: Recorded, tail: Any, state: tuple[Any, ...]
@@ -213,8 +213,9 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
     given = scalars if formulation == "float32" else widened(scalars)
     try:
         program = run.program(formulation, replayer.device)
-        placed, start = jax.device_put((window, tuple(state.values())), replayer.device)
-        _, found, strays = program(np.uint32(0), given, placed, tail, start)
+        placed, place = replayer.placement.put(window), replayer.placement.put_one
+        start = tuple(place(each) for each in state.values())
+        _, found, strays = program(np.uint32(0), given, placed, place(tail), start)
         strays = np.asarray(strays)[:tried]
     except Exception as error:  # a device without float64, say, fails to compile
         return f"it does not run ({str(error).splitlines()[0][:200]})"

@@ -356,7 +356,7 @@ def identify(
     steps = check_steps(recording, steps)
     device = find_device(backend)
     with jax.enable_x64(True), jax.default_device(device):
-        bench = Workbench(recording, device, steps, None)
+        bench = Workbench(recording, (device,), steps, None)
         if recording.hyperparameters is None:
             raise FileError(
                 f"{recording.path}: the weights alone tell nothing of the arithmetic; identification needs "
@@ -648,7 +648,8 @@ def _confirmed(bench: Workbench, findings: Sequence[Finding]) -> list[Finding]:
             for stage in bench.stages(candidate):
                 flags, _ = bench.flags(candidate, stage, window, read)
                 known = counts[candidate][stage] or 0
-                counts[candidate][stage] = known + int(np.count_nonzero(flags))
+                wrong = 0 if flags is None else int(np.count_nonzero(flags))
+                counts[candidate][stage] = known + wrong
         compared += window.steps * (window.rows[1] - window.rows[0]) * bench.recording.width
     return [Finding(f.candidate, counts[f.candidate], compared) if f.fits else f for f in findings]
 

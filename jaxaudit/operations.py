@@ -517,6 +517,16 @@ def compile_exactly(function: Callable, device: Device) -> Callable:
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_prefer_vector_width": 512}
 
 
+def any_bits(flags: jax.Array) -> jax.Array:
+    """Combine all flags by bitwise or, in a program."""
+    return lax.reduce(flags, flags.dtype.type(0), lax.bitwise_or, range(flags.ndim))
+
+
+def combined(flags: jax.Array) -> int:
+    """Combine the flags that a program returned, one or many."""
+    return int(np.bitwise_or.reduce(np.asarray(flags), axis=None))
+
+
 def _fma_rounded_to_odd(a: Value, b: Value, c: Value) -> Value:
     """Round a * b + c to odd in float64."""
     with np.errstate(all="ignore"):

@@ -13,11 +13,12 @@ from jaxaudit.devices import Device
 SCHEMA_VERSION = "1"
 
 
-def provenance(device: Device) -> dict[str, Any]:
-    """Describe the device, the versions and the call that make a result."""
+def provenance(device: Device, devices: int = 1) -> dict[str, Any]:
+    """Describe the device (one of so many), the versions and the call that make a result."""
     return {
         "backend": device.platform,
         "device": device.device_kind,
+        "device_count": devices,
         "jax_version": version_of("jax") or "unknown",
         "jaxlib_version": version_of("jaxlib") or "unknown",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

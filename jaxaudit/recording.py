@@ -48,7 +48,7 @@ _SPELLINGS = {
 class Window:
     """A few steps of a recording (and a range of rows), as bit patterns.
 
-    The arrays belong to the reader, which fills them anew two windows later. They always have the full
+    The arrays belong to the reader, which fills them anew when it no longer has to hold them. They always have the full
     window length, so that no program is compiled twice; entries beyond `steps` are zero.
 
     Attributes:
@@ -167,7 +167,12 @@ class Recording:
         return (np.array(rows)[:, None] * self.width + within).reshape(-1), math.prod(shape)
 
     def windows(
-        self, steps: tuple[int, int], length: int, rows: int, names: tuple[str, ...]
+        self,
+        steps: tuple[int, int],
+        length: int,
+        rows: int,
+        names: tuple[str, ...],
+        held: int = 1,
     ) -> Iterator[Window]:
         """Read steps[0]..steps[1]-1 (1-based) window by window, one window ahead.
 
@@ -176,8 +181,9 @@ class Recording:
             length: steps of one window.
             rows: rows of one window; row ranges follow one another within each range of steps.
             names: which tensors.
+            held: how many windows stay as they are: the latest ones.
         """
-        rings = [self._buffers(length, rows, names) for _ in range(2)]
+        rings = [self._buffers(length, rows, names) for _ in range(held + 1)]
         jobs = []
         for first in range(steps[0], steps[1], length):
             for row in range(0, self.tokens, rows):

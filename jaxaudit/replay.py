@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jaxaudit import floats
 from jaxaudit.conformance import inexact_operations
-from jaxaudit.devices import Device
+from jaxaudit.devices import Device, Placement, on_host
 from jaxaudit.floats import FLOAT16, FLOAT32, Format
 from jaxaudit.hyperparameters import Hyperparameters
 from jaxaudit.operations import (
@@ -25,6 +25,8 @@ from jaxaudit.operations import (
     Formulation,
     NumpyOperations,
     Operations,
+    any_bits,
+    combined,
     compile_exactly,
     numpy_operations,
     operations_of,
@@ -82,6 +84,11 @@ class Program:
         """Format of what it computes."""
         return self.step.result_format(self.stage)
 
+    @functools.cached_property
+    def scalars(self) -> tuple[str, ...]:
+        """Name the scalars that it reads."""
+        return self.step.reads_scalars(self.stage)
+
     def values(self, ops: Operations, window: Recorded, steps: int, tail: Any) -> dict[str, Any]:
         """Decode the inputs of all the window's steps."""
         found = {
@@ -108,17 +115,25 @@ class Replayer:
     """Runs steps of one recording on one device, in windows of one shape.
 
     Args:
-        device: where the programs run.
+        placement: where the programs run.
         formats: recorded format of each tensor (see `Recording.formats`).
         shape: (steps, elements) of a window.
+        note: takes the verdicts of other self-tests; by default they go into its own report alone.
     """
 
-    def __init__(self, device: Device, formats: Mapping[str, Format], shape: tuple[int, int]):
-        self.device = device
+    def __init__(
+        self,
+        placement: Placement,
+        formats: Mapping[str, Format],
+        shape: tuple[int, int],
+        note: Callable[[str, str], None] | None = None,
+    ):
+        self.placement, self.device = placement, placement.first
         self.formats = dict(formats)
-        self.shape = shape
+        self.shape = shape[0], placement.padded(shape[1])
         self._verdicts: dict[tuple[Program, Formulation], str] = {}
         self._others: dict[str, str] = {}
+        self._note = note
 
     def hidden(self, step: Step) -> tuple[str, ...]:
         """Name the tensors of a step's state that the recording does not hold."""
@@ -148,9 +163,22 @@ class Replayer:
         place = OWN_PARAM if hidden and tensor == "param" else tensor
         return Input(read, place, int(tensor != read), fmt)
 
-    def flags(
+    def start(
         self, program: Program, scalars: Scalars, window: Recorded, tail: Any
-    ) -> tuple[NDArray[np.uint8], Formulation]:
+    ) -> jax.Array | None:
+        """Start to compare a stage in float32, for `flags` to take up; None where float32 cannot be used."""
+        if no_subnormals(scalars) and not self._verdict(program, "float32"):
+            return self._summary(program, "float32", scalars, window, tail)
+        return None
+
+    def flags(
+        self,
+        program: Program,
+        scalars: Scalars,
+        window: Recorded,
+        tail: Any,
+        started: jax.Array | None = None,
+    ) -> tuple[NDArray[np.uint8] | None, Formulation]:
         """Compare a stage with the recording, element by element.
 
         Args:
@@ -158,20 +186,39 @@ class Replayer:
             scalars: those of the window's steps.
             window: recorded patterns.
             tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
+            started: what `start` returned for these arguments.
 
         Returns:
-            uint8 (steps, elements), non-zero where the bits differ (all NaNs are alike), and the
-            formulation that found out.
+            uint8 (steps, elements), non-zero where the bits differ (all NaNs are alike), or None where none
+            do, and the formulation that found out.
 
         Raises:
             SelfTestError: neither formulation is exact on this device.
         """
-        if no_subnormals(scalars) and not self._verdict(program, "float32"):
-            found = self._flags(program, "float32", scalars, window, tail)
-            if not np.bitwise_or.reduce(found, axis=None) & STRAY:
-                return found, "float32"
+        given = (scalars, window, tail)
+        started = self.start(program, *given) if started is None else started
+        if started is not None:
+            found = combined(started)
+            if not found & STRAY:
+                return (
+                    self._whole(program, "float32", started, *given) if found else None
+                ), "float32"
         self.require(program, "float64")
-        return self._flags(program, "float64", scalars, window, tail), "float64"
+        started = self._summary(program, "float64", *given)
+        found = combined(started)
+        return (self._whole(program, "float64", started, *given) if found else None), "float64"
+
+    def _summary(self, program: Program, formulation: Formulation, *given: Any) -> jax.Array:
+        """Return the flags, or, where they would have to leave the device, all of them in one."""
+        compiled = _flags_program(program, formulation, self.device, not on_host(self.device))
+        return compiled(*self._arguments(program, formulation, *given), given[1][program.stage])
+
+    def _whole(
+        self, program: Program, formulation: Formulation, summary: jax.Array, *given: Any
+    ) -> NDArray[np.uint8]:
+        if on_host(self.device):
+            return np.asarray(summary)
+        return self._flags(program, formulation, *given)
 
     def results(
         self,
@@ -195,6 +242,8 @@ class Replayer:
 
     def note(self, what: str, verdict: str) -> None:
         """Take the verdict of another self-test into the report: "" or what came out wrong."""
+        if self._note:
+            self._note(what, verdict)
         self._others[what] = verdict
 
     def self_tests(self) -> dict[str, str]:
@@ -209,7 +258,7 @@ class Replayer:
         return found
 
     def _flags(self, program: Program, formulation: Formulation, *rest: Any) -> NDArray[np.uint8]:
-        compiled = _flags_program(program, formulation, self.device)
+        compiled = _flags_program(program, formulation, self.device, False)
         target = rest[1][program.stage]
         return np.asarray(compiled(*self._arguments(program, formulation, *rest), target))
 
@@ -218,6 +267,12 @@ class Replayer:
     ) -> tuple[Any, ...]:  # fmt: skip
         converted = scalars if formulation == "float32" else widened(scalars)
         return np.uint32(0), converted, {i.tensor: window[i.tensor] for i in program.inputs}, tail
+
+    def _placed(
+        self, window: Mapping[str, NDArray[Any]], tail: NDArray[np.uint8]
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Put a trial's inputs where a recording's are: a program is compiled anew for any other place."""
+        return self.placement.put(window), self.placement.put_one(tail)
 
     def require(self, program: Program, formulation: Formulation) -> None:
         """Make sure that a program is exact on this device.
@@ -245,8 +300,9 @@ class Replayer:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
         tried = min(TRIED, self.shape[1])
         trial = _Trial(program, formulation, self.shape, tried)
-        arguments = (program, trial.scalars, trial.window, trial.tail)
         try:
+            window, tail = self._placed(trial.window, trial.tail)
+            arguments = (program, trial.scalars, window, tail)
             flags = self._flags(program, formulation, *arguments[1:])[:, :tried]
             results = np.asarray(self.results(*arguments, formulation))[:, :tried]
         except Exception as error:
@@ -258,11 +314,31 @@ class Replayer:
         wrong &= flags & STRAY == 0
         if np.mean(flags & STRAY != 0) > 0.5:
             return "it takes ordinary numbers for subnormal ones"
-        if not wrong.any():
-            # What is left may be too rare for a trial: a double rounding of a fused multiply-add, say.
-            inexact = formulation == "float64" and inexact_operations(self.device, formulation)
-            return "a single operation gives other than the expected results" if inexact else ""
-        return trial.describe(tuple(np.argwhere(wrong)[0]), results)
+        if wrong.any():
+            return trial.describe(tuple(np.argwhere(wrong)[0]), results)
+        if not on_host(self.device) and not self._summarises(program, formulation, trial):
+            return "flags that are combined on the device are not those of each element"
+        # What is left may be too rare for a trial: a double rounding of a fused multiply-add, say.
+        inexact = formulation == "float64" and inexact_operations(self.device, formulation)
+        return "a single operation gives other than the expected results" if inexact else ""
+
+    def _summarises(self, program: Program, formulation: Formulation, trial: "_Trial") -> bool:
+        """Tell whether the program that combines all flags finds a difference if, and only if, there is one."""
+        given = (program, formulation, trial.scalars)
+        window, tail = self._placed(trial.window, trial.tail)
+        differs = combined(self._summary(*given, window, tail)) & DIFFERS
+        if program.recorded not in (program.result, FLOAT32):
+            return bool(differs)  # the recording cannot hold what would agree
+        agreeing, tail = trial.agreeing()
+        flags = self._flags(*given, *self._placed(agreeing, tail))
+        clean = np.flatnonzero(~np.any(flags & STRAY, axis=0))
+        if not clean.size:
+            return False
+        chosen = clean[np.arange(flags.shape[1]) % clean.size]
+        agreeing = {name: patterns[:, chosen] for name, patterns in agreeing.items()}
+        return bool(differs) and not combined(
+            self._summary(*given, *self._placed(agreeing, tail[chosen]))
+        )
 
 
 class _Trial:
@@ -331,6 +407,20 @@ class _Trial:
         wide_a = floats.decode(self.expected, program.result).view(np.uint32)
         wide_b = floats.decode(target[1:], program.recorded).view(np.uint32)
         return np.asarray(program.step.differs(program.stage, wide_a, wide_b))
+
+    def agreeing(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
+        """Return a window and a tail of which every step leads to what was recorded, column after column."""
+        program, steps, elements = self._program, len(self.expected), self.tail.size
+        tried, ops = self.expected.shape[1], numpy_operations(flushes=self._program.step.flushes)
+        window = {name: np.array(patterns[:, :tried]) for name, patterns in self.window.items()}
+        tail = self.tail[:tried]
+        for t in range(steps):
+            cut = {name: rows[t : t + 1 + (name != "grad")] for name, rows in window.items()}
+            at = {name: scalar[t : t + 1] for name, scalar in self.scalars.items()}
+            result = program.replay(ops, at, cut, 1, tail)[0]
+            window[program.stage][t + 1] = floats.encode(result, program.recorded)
+        columns = np.arange(elements) % tried
+        return {name: rows[:, columns] for name, rows in window.items()}, tail[columns]
 
     def describe(self, where: tuple[Any, ...], results: NDArray[Any]) -> str:
         """Name one wrong element's inputs, result and expectation, as bit patterns."""
@@ -416,7 +506,11 @@ def hard_patterns(
 
 
 @functools.lru_cache(maxsize=512)
-def _flags_program(program: Program, formulation: Formulation, device: Device) -> Callable:
+def _flags_program(
+    program: Program, formulation: Formulation, device: Device, together: bool
+) -> Callable:
+    """Compile what flags each element, or, `together`, what combines all flags into one on the device."""
+
     def whole(zero: Any, scalars: Any, window: Any, tail: Any, target: Any) -> jax.Array:
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
             ops = operations_of(formulation, zero, flushes=program.step.flushes)
@@ -435,7 +529,8 @@ def _flags_program(program: Program, formulation: Formulation, device: Device) -
         del values["tail"]
         # What was recorded is compared as it is, subnormal or not.
         recorded = operations_of(formulation, zero).decode(target[1:], program.recorded)
-        return jax.vmap(one_step)(scalars, values, recorded)
+        flags = jax.vmap(one_step)(scalars, values, recorded)
+        return any_bits(flags) if together else flags
 
     return compile_exactly(whole, device)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jaxaudit.arithmetics import (
     tail_elements,
 )
 from jaxaudit.comparison import Comparison
-from jaxaudit.devices import Device
+from jaxaudit.devices import Device, Placement
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
@@ -29,6 +29,16 @@ from jaxaudit.steps import STAGES, Scalars, Stage, Step
 
 #: Elements of a window: below this its arrays of 16-bit results stay in memory that malloc keeps.
 WINDOW_ELEMENTS = 1 << 22
+
+#: First step and rows of a window.
+Place: TypeAlias = tuple[int, tuple[int, int]]
+
+#: What comparing a stage of a window came to: uint8 (steps, elements), non-zero where bits differ, None where
+#: none do; and the formulation that found out.
+Flags: TypeAlias = tuple[NDArray[np.uint8] | None, Formulation]
+
+#: Windows that are worked on at a time: the next one is started before the last one is done.
+WINDOWS_HELD = 2
 
 #: Elements of a timestep on which uncertain scalars are tried, and timesteps after whose failure no more are.
 _SETTLED, _PATIENCE = 1 << 12, 3
@@ -49,50 +59,97 @@ class Candidate:
     given: Hyperparameters
 
 
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a recording makes of a candidate: see the methods of `Workbench` of these names."""
+
+    step: Step
+    stages: tuple[Stage, ...]
+    hidden: tuple[str, ...]
+    programs: dict[Stage, Program]
+
+
 class Workbench:
     """A recording, a device, and everything that turns one's windows into the other's numbers."""
 
     def __init__(
         self,
         recording: Recording,
-        device: Device,
+        devices: tuple[Device, ...],
         steps: tuple[int, int],
         window_steps: int | None,
     ):
-        self.recording, self.device, self.steps = recording, device, steps
+        self.recording, self.steps = recording, steps
+        self.placement = Placement(devices, recording.width)
+        #: The device of everything that is not spread over all.
+        self.device = device = self.placement.first
         self.rows = max(1, min(recording.tokens, 4 * WINDOW_ELEMENTS // recording.width))
         elements = self.rows * recording.width
         self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
         if self.rows < recording.tokens:
             self.length = 1
         self.comparison = Comparison(device, recording.width)
-        self.replayer = Replayer(device, recording.formats, (self.length, elements))
+        shape = (self.length, elements)
+        self.replayer = Replayer(self.placement, recording.formats, shape)
+        #: Runs steps of windows that lie on the first device, whole.
+        self.replayer_together = self.replayer
+        if len(devices) > 1:
+            alone = Placement(devices[:1], recording.width)
+            self.replayer_together = Replayer(alone, recording.formats, shape, self.replayer.note)
         self.moment_formats = _moment_formats(recording, steps)
-        self._tails: dict[tuple[object, ...], NDArray[np.uint8]] = {}
-        self._scalars: dict[Candidate, tuple[int, Scalars]] = {}
-        self._steps: dict[Candidate, Step] = {}
+        self._tails: dict[tuple[object, ...], tuple[NDArray[np.uint8], jax.Array]] = {}
+        self._scalars: dict[Candidate, dict[int, Scalars]] = {}
+        self._known: dict[Candidate, _Facts] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
         self._ran: dict[object, tuple[int, dict[str, jax.Array]]] = {}
-        self._seen: dict[Any, tuple[NDArray[np.uint8], Formulation]] = {}
-        self._seen_in: tuple[int, tuple[int, int]] | None = None
+        self._seen: dict[Place, dict[Any, Flags]] = {}
+        self._started: dict[Place, dict[Any, jax.Array | None]] = {}
         self._hopeless: dict[Candidate, int] = {}
         #: Nudges of scalars that are not known exactly, by candidate and timestep.
         self.nudges: dict[Candidate, dict[int, Nudge]] = {}
 
     def stages(self, candidate: Candidate) -> tuple[Stage, ...]:
         """Stages that the recording holds everything for, or for which the rest can be run freely."""
-        step, recorded = self.step(candidate), self.recording.formats
-        return tuple(
-            stage
-            for stage in STAGES
-            if stage in recorded and self._can_run(step, self._missing(step, stage))
-        )
+        return self._facts(candidate).stages
 
     def hidden(self, candidate: Candidate) -> tuple[str, ...]:
         """Name the tensors that are run freely for the stages of a candidate."""
-        step = self.step(candidate)
-        missing = {x for stage in self.stages(candidate) for x in self._missing(step, stage)}
-        return tuple(name for name in step.state if name in missing)
+        return self._facts(candidate).hidden
+
+    def program(self, candidate: Candidate, stage: Stage) -> Program:
+        """Say what a stage reads under a candidate."""
+        return self._facts(candidate).programs[stage]
+
+    def step(self, candidate: Candidate) -> Step:
+        """Fill in a candidate's step."""
+        return self._facts(candidate).step
+
+    def _facts(self, candidate: Candidate) -> "_Facts":
+        if candidate not in self._known:
+            self._known[candidate] = self._find_facts(candidate)
+        return self._known[candidate]
+
+    def _find_facts(self, candidate: Candidate) -> "_Facts":
+        arithmetic, recorded = candidate.arithmetic, self.recording.formats
+        step = make_step(
+            arithmetic,
+            self.recording.storage,
+            candidate.given,
+            candidate.options,
+            self.moment_formats,
+        )
+        missing: dict[Stage, set[str]] = {
+            stage: each
+            for stage in STAGES
+            if stage in recorded and self._can_run(step, each := self._missing(step, stage))
+        }
+        run = {name for each in missing.values() for name in each}
+        programs: dict[Stage, Program] = {
+            stage: self.replayer.program(step, stage, arithmetic.rule, arithmetic.label)
+            for stage in STAGES
+        }
+        hidden = tuple(name for name in step.state if name in run)
+        return _Facts(step, tuple(missing), hidden, programs)
 
     def _missing(self, step: Step, stage: Stage) -> set[str]:
         known = {*self.recording.formats} - {*self.replayer.hidden(step)}
@@ -115,7 +172,7 @@ class Workbench:
 
     def windows(self, steps: tuple[int, int]) -> Iterator[Window]:
         """Read windows of the bench's shape."""
-        return self.recording.windows(steps, self.length, self.rows, self.names)
+        return self.recording.windows(steps, self.length, self.rows, self.names, WINDOWS_HELD)
 
     def bytes(self, steps: tuple[int, int]) -> int:
         """Bytes that `windows` hands out in all, short last windows counted whole."""
@@ -127,9 +184,25 @@ class Workbench:
         )
 
     def put(self, window: Window) -> dict[str, jax.Array]:
-        """Hand a window to the device, flat: without a copy where the device is the CPU."""
-        flat = {name: array.reshape(array.shape[0], -1) for name, array in window.tensors.items()}
-        return {name: jax.device_put(array, self.device) for name, array in flat.items()}
+        """Hand a window to the devices, flat: without a copy where that is one CPU."""
+        return self.placement.put(_flat(window))
+
+    def put_together(
+        self, candidate: Candidate | None, window: Window, arrays: Recorded
+    ) -> Recorded:
+        """Return a window on the first device, whole, with what a candidate reads and the recording does not hold.
+
+        Args:
+            candidate: the arithmetic; None for what was recorded alone.
+            window: the window.
+            arrays: what `put` returned for it.
+        """
+        found = self.with_hidden(candidate, window, arrays) if candidate else arrays
+        if len(self.placement.devices) == 1:
+            return found
+        elements = (window.rows[1] - window.rows[0]) * self.recording.width
+        run = {name: np.asarray(x)[:, :elements] for name, x in found.items() if name not in arrays}
+        return jax.device_put({**_flat(window), **run}, self.device)
 
     def with_hidden(self, candidate: Candidate, window: Window, arrays: Recorded) -> Recorded:
         """Add what the stages of a candidate read and the recording does not hold."""
@@ -155,7 +228,7 @@ class Workbench:
             self._runs[key] = FreeRun(
                 self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
             )
-        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
+        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
         self._ran[key] = (
             window.first,
             self._runs[key].advance(scalars, arrays, tail, window.steps),
@@ -164,12 +237,13 @@ class Workbench:
 
     def scalars(self, candidate: Candidate, window: Window) -> Scalars:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""
-        known = self._scalars.get(candidate)
-        if known is None or known[0] != window.first:
+        known = self._scalars.setdefault(candidate, {})
+        if window.first not in known:
+            while len(known) >= WINDOWS_HELD:
+                del known[next(iter(known))]
             index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
-            known = (window.first, self.scalars_at(candidate, index))
-            self._scalars[candidate] = known
-        return known[1]
+            known[window.first] = self.scalars_at(candidate, index)
+        return known[window.first]
 
     def scalars_at(
         self, candidate: Candidate, timesteps: Sequence[int], nudges: Sequence[Nudge] | None = None
@@ -189,6 +263,12 @@ class Workbench:
 
     def tail(self, candidate: Candidate, rows: tuple[int, int]) -> NDArray[np.uint8]:
         """Mark the elements of a vectorised kernel's scalar loop, where that matters."""
+        return self._tail(candidate, rows)[0]
+
+    def _tail(
+        self, candidate: Candidate, rows: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], jax.Array]:
+        """Return the elements of the scalar loop on the host and on the devices."""
         arithmetic, step = candidate.arithmetic, self.step(candidate)
         matters = depends_on_tail(arithmetic, step)
         kind = (arithmetic.tail, candidate.options.threads, step.storage)
@@ -198,16 +278,26 @@ class Workbench:
             if matters:
                 elements, size = self.recording.parameter_elements()
                 elements = elements[rows[0] * width : rows[1] * width]
-                self._tails[key] = tail_elements(
+                found = tail_elements(
                     arithmetic, step.storage, elements, size, candidate.options.threads
                 )
             else:
-                self._tails[key] = np.zeros((rows[1] - rows[0]) * width, np.uint8)
+                found = np.zeros((rows[1] - rows[0]) * width, np.uint8)
+            self._tails[key] = found, self.placement.put_one(found)
         return self._tails[key]
 
-    def flags(
-        self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded
-    ) -> tuple[NDArray[np.uint8], Formulation]:
+    def start(self, candidate: Candidate, window: Window, arrays: Recorded) -> None:
+        """Start to compare a window under a candidate, for `flags` to take up; the device goes on meanwhile."""
+        if self.hidden(candidate):
+            return  # what is run freely must have come so far first
+        started = _of_window(self._started, window)
+        for stage in self.stages(candidate):
+            program = self.program(candidate, stage)
+            key, given = self._flags_key(candidate, program, window)
+            if key not in started:
+                started[key] = self.replayer.start(program, given[0], arrays, given[1])
+
+    def flags(self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded) -> Flags:
         """Compare one stage of a window under a candidate; see `Replayer.flags`.
 
         Where a timestep's weights differ, and scalars are not known exactly, other values of these are tried,
@@ -217,22 +307,30 @@ class Workbench:
         flags, formulation = self._flags(candidate, program, window, arrays)
         if stage == "param" and self._settle(candidate, program, window, arrays, flags):
             flags, formulation = self._flags(candidate, program, window, arrays)
-        return flags[: window.steps], formulation
+        return flags, formulation
 
     def _flags(
         self, candidate: Candidate, program: Program, window: Window, arrays: Recorded
-    ) -> tuple[NDArray[np.uint8], Formulation]:
+    ) -> Flags:
         """Compare, or remember: candidates that are alike in a stage have the same flags there."""
-        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
-        if self._seen_in != (window.first, window.rows):
-            self._seen, self._seen_in = {}, (window.first, window.rows)
-        read = program.step.reads_scalars(program.stage)
-        bits = tuple(scalars[name].tobytes() for name in read)
+        seen, started = _of_window(self._seen, window), _of_window(self._started, window)
+        key, (scalars, tail) = self._flags_key(candidate, program, window)
+        if key not in seen:
+            begun = started.pop(key, None)
+            found, formulation = self.replayer.flags(program, scalars, arrays, tail, begun)
+            elements = (window.rows[1] - window.rows[0]) * self.recording.width
+            found = found if found is None else found[: window.steps, :elements]
+            seen[key] = found if found is not None and found.any() else None, formulation
+        return seen[key]
+
+    def _flags_key(
+        self, candidate: Candidate, program: Program, window: Window
+    ) -> tuple[Any, tuple[Scalars, jax.Array]]:
+        """Return what the flags of a stage depend on in a window, and the scalars and tail in it."""
+        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
+        bits = tuple(scalars[name].tobytes() for name in program.scalars)
         own = candidate if self.hidden(candidate) else None
-        key = (program, bits, id(tail), own)
-        if key not in self._seen:
-            self._seen[key] = self.replayer.flags(program, scalars, arrays, tail)
-        return self._seen[key]
+        return (program, bits, id(tail), own), (scalars, tail)
 
     def _settle(
         self,
@@ -240,13 +338,13 @@ class Workbench:
         program: Program,
         window: Window,
         arrays: Recorded,
-        flags: NDArray[np.uint8],
+        flags: NDArray[np.uint8] | None,
     ) -> bool:
         """Look for better values of scalars that are not known exactly; tell whether some were found."""
         nudges, settled = candidate.arithmetic.nudges(candidate.given), {}
-        if len(nudges) == 1 or not flags[: window.steps].any():
+        if len(nudges) == 1 or flags is None:
             return False
-        for k in np.flatnonzero(flags[: window.steps].any(axis=1)).tolist():
+        for k in np.flatnonzero(flags.any(axis=1)).tolist():
             if self._hopeless.get(candidate, 0) >= _PATIENCE:
                 break
             timestep = window.first + k
@@ -302,26 +400,26 @@ class Workbench:
         formulation: Formulation,
     ) -> jax.Array:
         """Compute one stage's values for a window under a candidate; see `Replayer.results`."""
-        scalars, tail = self.scalars(candidate, window), self.tail(candidate, window.rows)
+        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
         program = self.program(candidate, stage)
         return self.replayer.results(program, scalars, arrays, tail, formulation)
 
-    def program(self, candidate: Candidate, stage: Stage) -> Program:
-        """Say what a stage reads under a candidate."""
-        arithmetic = candidate.arithmetic
-        return self.replayer.program(self.step(candidate), stage, arithmetic.rule, arithmetic.label)
 
-    def step(self, candidate: Candidate) -> Step:
-        """Fill in a candidate's step."""
-        if candidate not in self._steps:
-            self._steps[candidate] = make_step(
-                candidate.arithmetic,
-                self.recording.storage,
-                candidate.given,
-                candidate.options,
-                self.moment_formats,
-            )
-        return self._steps[candidate]
+def _flat(window: Window) -> dict[str, NDArray[Any]]:
+    return {name: array.reshape(array.shape[0], -1) for name, array in window.tensors.items()}
+
+
+_Held = TypeVar("_Held")
+
+
+def _of_window(held: dict[Place, dict[Any, _Held]], window: Window) -> dict[Any, _Held]:
+    """Return what is held of a window; of earlier ones only the latest are kept."""
+    place = (window.first, window.rows)
+    if place not in held:
+        while len(held) >= WINDOWS_HELD:
+            del held[next(iter(held))]
+        held[place] = {}
+    return held[place]
 
 
 def _reads(step: Step, name: str) -> set[str]:

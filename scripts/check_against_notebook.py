@@ -100,7 +100,7 @@ class Library:
         from jaxaudit.workbench import Candidate, Workbench
 
         whole = (1, recording.steps + 1)
-        self._bench = Workbench(recording, jax.devices("cpu")[0], whole, length)
+        self._bench = Workbench(recording, (jax.devices("cpu")[0],), whole, length)
         if self._bench.rows < recording.tokens:
             raise Failure(f"{recording.path}: its steps are too large to be compared whole.", 3)
         given = recording.hyperparameters

@@ -25,6 +25,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--token-groups", metavar="FILE", help="sets of tokens to count by")
     p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
     p.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many of the backend's devices (default: one CPU, or all of any other kind)",
+    )
+    p.add_argument(
         "--arithmetic",
         metavar="auto|all|NAME[,NAME...]",
         default="auto",

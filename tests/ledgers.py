@@ -64,7 +64,7 @@ def _observe(
 ) -> None:
     device = find_device("cpu")
     with jax.enable_x64(True), jax.default_device(device), Aside(device) as aside:
-        bench = Workbench(recording, device, steps, window_steps)
+        bench = Workbench(recording, (device,), steps, window_steps)
         takers = observers(Subject(bench, candidate, groups, steps))
         for window in bench.windows(steps):
             arrays = bench.with_hidden(candidate, window, bench.put(window))

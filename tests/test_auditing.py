@@ -12,7 +12,7 @@ import xarray as xr
 from recordings import f64, write
 
 import jaxaudit
-from jaxaudit import provenance, results, workbench
+from jaxaudit import comparison, provenance, replay, results, workbench
 from jaxaudit.devices import BackendError
 from jaxaudit.floats import BFLOAT16, decode, encode
 from jaxaudit.recorders import RecordingWriter, RowLayout
@@ -360,6 +360,74 @@ def test_cores_do_not_change_a_bit(tmp_path):
         subprocess.run(command, check=True, capture_output=True, timeout=200)
         found.append(xr.load_dataset(target))
     assert_same_bits(*found)
+
+
+SEVERAL = """
+import sys, jax, jaxaudit, xarray as xr
+assert len(jax.devices()) == 8
+with jaxaudit.open_recording(sys.argv[1]) as recording:
+    for count in (1, 2, 8):
+        options = dict(arithmetics=sys.argv[3].split(","), backend="cpu", devices=count, window_steps=5)
+        tree = jaxaudit.audit_tree(recording, **options)
+        assert tree.attrs["device_count"] == count
+        tree.to_netcdf(f"{sys.argv[2]}-{count}.nc")
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [  # rows that come out even, and rows that do not, some without recorded moments
+        ("even", (16, 24), [], {}),
+        ("odd", (13, 24), [], {}),
+        ("hidden", (13, 33), ["momentum_W", "variance_W"], {"weight_decay": 0.1}),
+    ],
+    ids=lambda case: case[0],
+)
+def test_devices_do_not_change_a_bit(tmp_path, case):
+    name, shape, drop, options = case
+    path = record(tmp_path / "run.safetensors", shape=shape, steps=12, **options)
+    path = copy(path, tmp_path / "kept.safetensors", drop=drop) if drop else path
+    script = [sys.executable, "-c", SEVERAL, str(path), str(tmp_path / name)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run(
+        [*script, "torch-cpu-loop,float32-then-bfloat16"], check=True, timeout=300, env=environment
+    )
+    trees = [xr.load_datatree(tmp_path / f"{name}-{count}.nc") for count in (1, 2, 8)]
+    assert (trees[0].mismatch_count.sel(arithmetic="torch-cpu-loop", stage="param") == 0).all()
+    assert (trees[0].mismatch_count.sel(arithmetic=USUAL, stage="param").sum() > 0).all()
+    for other in trees[1:]:
+        for group, node in trees[0].subtree_with_keys:
+            assert_same_bits(node.to_dataset(inherit=False), other[group].to_dataset(inherit=False))
+
+
+def test_more_devices_than_there_are(recorded):
+    with pytest.raises(BackendError, match="3 devices were asked for, but there are 1"):
+        audit(recorded, devices=3)
+    with pytest.raises(BackendError, match="Ask for 1 to 1"):
+        audit(recorded, devices=0)
+
+
+def test_a_device_with_memory_of_its_own_finds_the_same(
+    recorded, audited, monkeypatch, fresh_programs
+):
+    """Flags are combined where they are made, and fetched only where there are some."""
+    for module in (replay, comparison):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
+    comparison._inspect_program.cache_clear()
+    try:
+        found = audit(recorded, arithmetics=FEW)
+    finally:
+        comparison._inspect_program.cache_clear()
+    assert_same_bits(found, audited)
+    assert json.loads(found.attrs["self_test"]) == json.loads(audited.attrs["self_test"])
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_flags_that_are_combined_wrongly_are_noticed(recorded, monkeypatch, fresh_programs, found):
+    monkeypatch.setattr(replay, "on_host", lambda device: False)
+    monkeypatch.setattr(replay, "any_bits", lambda flags: flags[0, 0] * 0 + found)
+    with pytest.raises(replay.SelfTestError, match="combined on the device are not those"):
+        audit(recorded, arithmetics=FEW)
 
 
 def test_a_range_of_steps_is_that_part_of_the_whole(recorded, audited):

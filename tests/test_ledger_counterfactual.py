@@ -777,7 +777,7 @@ def test_what_it_needs(tmp_path):
         (without, (3, 5)),
     ):
         with jaxaudit.open_recording(file) as recording:
-            bench = workbench.Workbench(recording, find_device("cpu"), steps, 1)
+            bench = workbench.Workbench(recording, (find_device("cpu"),), steps, 1)
             for options in (Options(), Options(amsgrad=True)):
                 candidate = workbench.Candidate(
                     CATALOGUE[BASES[0]], options, ledgers.given_by(recording)

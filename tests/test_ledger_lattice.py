@@ -61,7 +61,7 @@ def run(
         Aside(device) as aside,
     ):
         groups, steps = groups or token_groups_of(recording), check_steps(recording, steps)
-        bench = Workbench(recording, device, steps, window_steps)
+        bench = Workbench(recording, (device,), steps, window_steps)
         subject = Subject(bench, cast(Candidate, None), groups, steps)
         lattice = Lattice(subject, per_token=per_token)
         for window in bench.windows(steps):

@@ -786,7 +786,7 @@ def test_what_has_to_be_recorded(tmp_path, drop, first, expected):
     with jaxaudit.open_recording(path) as recording:
         given = recording.hyperparameters
         assert given is not None
-        bench = workbench.Workbench(recording, find_device("cpu"), (1, 3), None)
+        bench = workbench.Workbench(recording, (find_device("cpu"),), (1, 3), None)
         candidate = workbench.Candidate(VARIANTS["torch-cpu-loop"][0], Options(), given)
         subject = Subject(bench, candidate, some_groups(5), (1, 3))
         assert Updates.possible(subject) == expected

@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxaudit import operations, replay
 from jaxaudit.arithmetics import CATALOGUE, VARIANTS, Options, make_step
+from jaxaudit.devices import Placement
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode, is_nan
 from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
@@ -19,6 +20,7 @@ from jaxaudit.scalars import scalars_of
 from jaxaudit.steps import STAGES
 
 DEVICE = jax.devices("cpu")[0]
+PLACEMENT = Placement((DEVICE,), 1)
 STEPS, ELEMENTS = 4, 20_000
 MKL = "square root of MKL on AMD"
 
@@ -139,7 +141,7 @@ def test_programs_are_exact_on_whatever_a_recording_may_hold(case):
     given = case.given()
     step = case.step(given)
     formats = case.formats(step)
-    replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+    replayer = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
     tail = (np.arange(ELEMENTS) % 3 == 0).astype(np.uint8)
     scalars = case.scalars(step, given, [1, 2, 50, 9000])
     rng = np.random.default_rng(5)
@@ -194,7 +196,7 @@ def test_stray_marks_are_sound_at_their_edges(k, name):
             window[tensor] = encode(values.astype(np.float32), fmt)
         scalars = case.scalars(step, given, [1, 2, 50, 9000])
         tail = (np.arange(ELEMENTS) % 5 == 0).astype(np.uint8)
-        replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+        replayer = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
         for stage in STAGES:
             program = case.program(replayer, step, stage)
             flags = replayer._flags(program, "float32", scalars, window, tail)
@@ -221,7 +223,7 @@ def usual(storage=BFLOAT16, moments=BFLOAT16, name="torch-cpu-loop", **options):
     label = options.pop("variant", "")
     case = Case(name, storage, moments, label, Options(**options))
     step = case.step(case.given())
-    return case, step, Replayer(DEVICE, case.formats(step), (STEPS, ELEMENTS))
+    return case, step, Replayer(PLACEMENT, case.formats(step), (STEPS, ELEMENTS))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_fused_sums_are_fused_where_hardly_any_16_bit_result_tells(name, stage):
     draws["exp_avg_sq"] = abs(draws["exp_avg_sq"])
     patterns = {name: encode(values, formats[name]) for name, values in draws.items()}
     window = {n: np.tile(p, (STEPS + (n != "grad"), 1)) for n, p in patterns.items()}
-    replayer = Replayer(DEVICE, formats, (STEPS, many))
+    replayer = Replayer(PLACEMENT, formats, (STEPS, many))
     scalars = case.scalars(step, given, [1, 2, 50, 9000])
     program = case.program(replayer, step, stage)
     split = dataclasses.replace(program, step=dataclasses.replace(program.step, fuses=False))
@@ -265,7 +267,7 @@ def test_fused_sums_are_fused_where_hardly_any_16_bit_result_tells(name, stage):
         chosen = np.resize(telling, ELEMENTS)
         cut = {name: values[:, chosen] for name, values in window.items()}
         expected = oracle(program, scalars, cut, tail[chosen])
-        tried = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+        tried = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
         recorded = decode(cut[stage][1:], program.recorded).view(np.uint32)
         wanted = differ(decode(expected, program.result).view(np.uint32), recorded, FLOAT32)
         flags, formulation = tried.flags(program, scalars, cut, tail[chosen])
@@ -516,7 +518,7 @@ def test_free_runs_are_the_step_repeated(case, hidden):
     given = case.given(steps=total)
     step = case.step(given)
     formats = {k: v for k, v in case.formats(step).items() if k not in hidden or k == "param"}
-    replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+    replayer = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
     assert replayer.hidden(step) == hidden
     rng = np.random.default_rng(2)
     recorded = {name: draw_wild(rng, name, fmt, 3 * STEPS + 1) for name, fmt in formats.items()}
@@ -576,7 +578,7 @@ def test_a_kept_weight_is_replayed_from_itself():
         name: np.stack([encode(s[name], BFLOAT16 if name == "param" else FLOAT32) for s in states])
         for name in states[0]
     }
-    replayer = Replayer(DEVICE, case.formats(step), (STEPS, ELEMENTS))
+    replayer = Replayer(PLACEMENT, case.formats(step), (STEPS, ELEMENTS))
     run = FreeRun(replayer, step, case.arithmetic.rule, case.name, ("param",))
     found = run.advance(scalars, window, tail, STEPS)
     whole = window | {OWN_PARAM: found["param"]}
@@ -597,7 +599,7 @@ def test_a_free_run_on_a_device_that_cannot_is_refused(monkeypatch):
     step = case.step(case.given())
     formats = case.formats(step)
     del formats["max_exp_avg_sq"]
-    replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+    replayer = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
     with pytest.raises(
         SelfTestError, match="free run of torch-cpu-loop in float64: max_exp_avg_sq"
     ):
@@ -607,7 +609,7 @@ def test_a_free_run_on_a_device_that_cannot_is_refused(monkeypatch):
 def test_stages_that_are_alike_are_one_program():
     """What a stage does not depend on is no part of its program, so that it is compiled once."""
     formats = dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq"), BFLOAT16)
-    replayer = Replayer(DEVICE, formats, (STEPS, ELEMENTS))
+    replayer = Replayer(PLACEMENT, formats, (STEPS, ELEMENTS))
 
     def program(name, stage, **options):
         case = Case(name, options=Options(**options))

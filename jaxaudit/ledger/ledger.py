@@ -55,12 +55,11 @@ class Ledger:
 
         Args:
             window: the window.
-            arrays: its recorded patterns, on the device.
+            arrays: its recorded patterns, on the devices.
             members: each group's rows in it.
         """
         subject = self._subject
-        if subject.chosen:
-            arrays = subject.bench.with_hidden(subject.chosen, window, arrays)
+        arrays = subject.bench.put_together(subject.chosen, window, arrays)
         seen = Seen(window, arrays, members, self._aside.later)
         lost: jax.Array | None = self._updates.take(seen) if self._updates else None
         if self._moments:

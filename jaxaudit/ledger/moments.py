@@ -343,7 +343,7 @@ class _Float32Twin:
         """Return a run that has passed its self-test."""
         bench, arithmetic = self._subject.bench, self._candidate.arithmetic
         return FreeRun(
-            bench.replayer,
+            bench.replayer_together,
             bench.step(self._candidate),
             arithmetic.rule,
             f"{arithmetic.label} with a second moment in float32",
