@@ -219,7 +219,9 @@ def input_for(arguments: argparse.Namespace) -> Iterator[Input]:
     with scratch(arguments) as folder:
         notify(f"making a recording of {steps} x {tokens} x {width}")
         path = folder / f"made-{steps}x{tokens}x{width}.safetensors"
-        yield Input(*benchmark_recordings.make(path, steps, tokens, width), **options)
+        benchmark_recordings.make(path, steps, tokens, width)
+        groups = benchmark_recordings.make_groups(folder / "groups.safetensors", tokens, 2)
+        yield Input(path, groups, **options)
 
 
 def files_of(arguments: argparse.Namespace) -> tuple[Path, Path | None]:

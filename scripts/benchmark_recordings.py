@@ -33,20 +33,14 @@ ELEMENT_BYTES = 12
 _KEYS = {"param": "W", "exp_avg": "momentum_W", "exp_avg_sq": "variance_W", "grad": "grad_W"}
 
 
-def make(
-    path: Path, steps: int, tokens: int, width: int = 64, groups: int = 2
-) -> tuple[Path, Path]:
-    """Write a recording and its token groups.
+def make(path: Path, steps: int, tokens: int, width: int = 64) -> Path:
+    """Write a recording and return its path.
 
     Args:
-        path: of the recording; the groups' lies beside it.
+        path: of the recording.
         steps: T.
         tokens: rows of the parameter.
         width: elements of a row.
-        groups: token groups beside `all`; tokens take turns.
-
-    Returns:
-        Both paths.
 
     Raises:
         Failure: the disk has not the room.
@@ -63,10 +57,13 @@ def make(
     with RecordingWriter(path, layouts, metadata=_metadata()) as writer:
         for t in range(steps + 1):
             writer.append({key: np.resize(rows[t], (tokens, width)) for key, rows in block.items()})
-    beside = path.with_name(f"{path.stem}-token-groups.safetensors")
-    labels = (np.arange(tokens) % groups).astype(np.int32)
-    write_tensors(beside, {"token_group": labels})
-    return path, beside
+    return path
+
+
+def make_groups(path: Path, tokens: int, groups: int) -> Path:
+    """Write token groups in which tokens take turns, and return the path."""
+    write_tensors(path, {"token_group": (np.arange(tokens) % groups).astype(np.int32)})
+    return path
 
 
 def _metadata() -> dict[str, str]:

@@ -66,11 +66,6 @@ class Point:
     devices: int | None = None
     window_steps: int | None = None
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """What makes the recording."""
-        return self.steps, self.tokens, self.groups
-
 
 def _timesteps(elements: int) -> list[Point]:
     tokens = max(1, elements // (1000 * WIDTH))
@@ -191,7 +186,7 @@ def curve(
         for number in range(1, rounds + 1):
             for point in points:
                 notify(f"{name}, round {number} of {rounds}: {point.x}")
-                given = input_of(point, files[point.shape], backend)
+                given = input_of(point, files[point], backend)
                 read(given)
                 runs[point].append(measured("audit", given, environment(point)))
     finally:
@@ -202,16 +197,18 @@ def curve(
     return {"points": told} | ({"fit": fit(xs, ys)} if len(points) > 1 else {})
 
 
-def recordings(
-    name: str, points: Sequence[Point], folder: Path
-) -> dict[tuple[int, int, int], tuple[Path, Path]]:
-    """Make every recording that a curve's points need; longest first, whose beginnings the others are."""
+def recordings(name: str, points: Sequence[Point], folder: Path) -> dict[Point, tuple[Path, Path]]:
+    """Make the recording and the token groups of every point; points share what they can."""
     files = {}
-    for shape in sorted({point.shape for point in points}, reverse=True):
-        steps, tokens, groups = shape
-        path = folder / f"{name}-{steps}x{tokens}-{groups}.safetensors"
-        notify(f"{name}: making a recording of {steps} x {tokens} x {WIDTH}")
-        files[shape] = benchmark_recordings.make(path, steps, tokens, WIDTH, groups)
+    for point in points:
+        size = f"{name}-{point.steps}x{point.tokens}"
+        path, groups = (folder / f"{size}{end}.safetensors" for end in ("", f"-{point.groups}"))
+        if not path.exists():
+            notify(f"{name}: making a recording of {point.steps} x {point.tokens} x {WIDTH}")
+            benchmark_recordings.make(path, point.steps, point.tokens, WIDTH)
+        if not groups.exists():
+            benchmark_recordings.make_groups(groups, point.tokens, point.groups)
+        files[point] = path, groups
     return files
 
 
