@@ -88,7 +88,7 @@ COLUMNS = {
     "prepare": 9,
     "(compile)": 11,
     "load": 8,
-    "work s (min-max)": 25,
+    "work s (min-max)": 28,
     "Melem/s": 9,
     "GB/s": 7,
     "of floor": 10,
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
                    help="time a recording made for it, and deleted afterwards")  # fmt: skip
     p.add_argument("--scaling", nargs="?", const=curves, metavar="CURVE[,CURVE...]",
                    help=f"time growing recordings instead: {curves}")  # fmt: skip
-    p.add_argument("--scaling-elements", type=positive, default=1 << 26, metavar="N",
+    p.add_argument("--scaling-elements", type=positive, default=1 << 27, metavar="N",
                    help="elements of all timesteps of the largest of them (%(default)s)")  # fmt: skip
     p.add_argument("--scratch", type=Path, metavar="DIR",
                    help="for recordings that are made (the system's folder for temporary files)")  # fmt: skip

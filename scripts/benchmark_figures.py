@@ -144,10 +144,13 @@ def draw_curve(axis: Axes, name: str, curve: Mapping[str, Any]) -> None:
     axis.errorbar(xs, middle, yerr=[below, above], fmt="o", color=BLUE, ms=4, lw=1, capsize=2)
     if fit := curve.get("fit"):
         label = f"power {fit['exponent']:.2f} (residual x{fit['exponent_residual_factor']:.2f})"
-        axis.plot(xs, fit["factor"] * xs ** fit["exponent"], color=RED, lw=1, ls="--", label=label)
+        grid = np.geomspace(xs.min(), xs.max(), 100)
+        axis.plot(
+            grid, fit["factor"] * grid ** fit["exponent"], color=RED, lw=1, ls="--", label=label
+        )
         label = f"{fit['fixed_seconds']:.2g} s + {fit['seconds_per_unit']:.2g} s each"
-        line = fit["fixed_seconds"] + fit["seconds_per_unit"] * xs
-        axis.plot(xs, np.where(line > 0, line, np.nan), color=GREEN, lw=1, ls=":", label=label)
+        line = fit["fixed_seconds"] + fit["seconds_per_unit"] * grid
+        axis.plot(grid, np.where(line > 0, line, np.nan), color=GREEN, lw=1, ls=":", label=label)
         axis.legend(fontsize=8, frameon=False)
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -157,6 +160,6 @@ def draw_curve(axis: Axes, name: str, curve: Mapping[str, Any]) -> None:
     fixed = ", ".join(f"{first[key]:,} {key}" for key in ("steps", "tokens") if key != {"timesteps": "steps"}.get(name, name))  # fmt: skip
     axis.set_title(f"{name} ({fixed})", fontsize=10)
     axis.set_ylabel("seconds")
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, which="both")
     axis.grid(alpha=0.25, lw=0.5)
     axis.spines[["top", "right"]].set_visible(False)

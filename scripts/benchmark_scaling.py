@@ -5,7 +5,7 @@
     groups       2 to 64 token groups of the same recording
     arithmetics  1 to 8 arithmetics over the same recording; all but the first differ in most weights
     devices      1 to 8 devices; on CPU the cores are shared among as many of XLA's host devices
-    windows      windows of 1 to 32 timesteps of the same recording
+    windows      7 to 200 windows, of 32 down to 1 timesteps of the same recording
 
 Time is the `work` of the job `audit` (see `benchmark`). Two lines are fitted to each curve by least squares: through
 the logarithms, whose slope is the exponent of the growth, and through the values themselves, whose intercept is what
@@ -80,8 +80,8 @@ def _tokens(elements: int) -> list[Point]:
 
 
 def _usual(elements: int) -> tuple[int, int]:
-    """Return steps and tokens of a quarter of the elements."""
-    return 200, max(64, elements // (4 * 200 * WIDTH))
+    """Return steps and tokens of half of the elements."""
+    return 200, max(64, elements // (2 * 200 * WIDTH))
 
 
 def _groups(elements: int) -> list[Point]:
@@ -97,7 +97,9 @@ def _devices(elements: int) -> list[Point]:
 
 
 def _windows(elements: int) -> list[Point]:
-    return [Point(x, *_usual(elements), window_steps=x) for x in (1, 2, 4, 8, 16, 32)]
+    steps, tokens = _usual(elements)
+    lengths = (32, 16, 8, 4, 2, 1)
+    return [Point(-(-steps // n), steps, tokens, window_steps=n) for n in lengths]
 
 
 #: The points of each curve, by name.

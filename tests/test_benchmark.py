@@ -4,6 +4,10 @@ import argparse
 import dataclasses
 import json
 import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -413,3 +417,19 @@ def test_an_existing_figure_is_not_overwritten(
     assert script("benchmark").main(arguments) == 2
     assert "b.png exists already" in capsys.readouterr().err
     assert (tmp_path / "b.png").read_text() == "kept" and not (tmp_path / "b.json").exists()
+
+
+def test_the_page_of_the_benchmark_runs(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = (Path(__file__).parents[1] / "docs" / "benchmark.md").read_text()
+    commands = re.findall(r"^python scripts/benchmark.py (.+)$", page, re.MULTILINE)
+    benchmark = script("benchmark")
+    for command in commands:
+        benchmark.parser().parse_args(shlex.split(command))
+    monkeypatch.chdir(tmp_path)
+    assert benchmark.main(shlex.split(commands[0])) == 0
+    capsys.readouterr()
+    (snippet,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
+    subprocess.run([sys.executable, "-c", snippet], check=True, cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"small.json", "small.png"}
