@@ -186,6 +186,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time the jobs that were asked for."""
     jobs = jobs_of(arguments)
+    check_arithmetic(arguments.arithmetic)
     with input_for(arguments) as given, open_recording(given.recording) as recording:
         given.groups(recording)
         return measure(recording, given, arguments.rounds, jobs)
@@ -198,6 +199,16 @@ def jobs_of(arguments: argparse.Namespace) -> list[str]:
     if unknown:
         raise Failure(f"--jobs: unknown job {unknown[0]!r}; there are {', '.join(JOBS)}.", 2)
     return [job for job in JOBS if job in wanted]
+
+
+def check_arithmetic(name: str) -> None:
+    """Refuse an arithmetic that is not there before the first job is done."""
+    from jaxaudit.identification import check_names
+
+    try:
+        check_names(name.split(","))
+    except ValueError as error:
+        raise Failure(f"--arithmetic: {error}", 2) from error
 
 
 @contextlib.contextmanager
@@ -371,8 +382,8 @@ def figures(recording: Recording, runs: Mapping[str, list[Measured]]) -> dict[st
         }
         for name in ("share", "threads", "mismatches"):
             if name in seconds[0]:
-                told = {"share": "share_of_timesteps"}.get(name, name)
-                found[job][told] = min(run[name] for run in seconds)
+                key = "share_of_timesteps" if name == "share" else name
+                found[job][key] = min(run[name] for run in seconds)
     for other in REFERENCES:
         for job in found:
             known = other in found
