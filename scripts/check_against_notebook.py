@@ -26,21 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark import (
+from benchmark import files_of
+from benchmark_jobs import Input
+from benchmark_replays import adam_weight, notebook_figures
+from numpy.typing import NDArray
+from reporting import (
     Failure,
-    Input,
-    adam_weight,
     add_files,
     check_output,
     facts_of,
     guarded,
-    input_of,
     machine_facts,
-    notebook_figures,
     notify,
     write_json,
 )
-from numpy.typing import NDArray
 
 from jaxaudit.recording import Recording, TokenGroups, Window, open_recording
 
@@ -264,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, write, print."""
-    given: Input = input_of(arguments)
+    given = Input(*files_of(arguments))
     check_output(arguments)
     with open_recording(given.recording) as recording:
         check_suitable(recording)

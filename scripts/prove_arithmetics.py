@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark import Failure, check_output, guarded, machine_facts, notify, positive, write_json
 from random_runs import LARGE, Comparison, Maker, Setting, compare, draw
+from reporting import Failure, check_output, guarded, machine_facts, notify, positive, write_json
 
 from jaxaudit.arithmetics import Arithmetic
 from jaxaudit.floats import FORMATS, Format

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark import check_output, guarded, machine_facts, notify, positive, write_json
 from numpy.typing import NDArray
 from random_runs import Maker, Run, Setting, draw
+from reporting import check_output, guarded, machine_facts, notify, positive, write_json
 
 import jaxaudit
 from jaxaudit.arithmetics import Arithmetic, Options

@@ -29,8 +29,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmark import Failure, check_output, guarded, machine_facts, notify, write_json
 from numpy.typing import NDArray
+from reporting import Failure, check_output, guarded, machine_facts, notify, write_json
 
 from jaxaudit.floats import FLOAT32, differ
 from jaxaudit.mkl_sqrt import root_of_probe

@@ -1,30 +1,14 @@
 """The scripts that measure end to end: they run, report what they promise, and refuse what they cannot do."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS, TOKENS, WIDTH = 12, 6, 16
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import scripts as Python does when they are run: from their own folder."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-    def load(name: str) -> ModuleType:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.fixture
@@ -66,60 +50,6 @@ def record(path: Path, weight_decay: float) -> Path:
     tensors["dead_mask"] = torch.arange(TOKENS) < 2
     save_file(tensors, path)
     return path
-
-
-def test_benchmark_times_every_job(
-    script: Any, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    output = tmp_path / "out" / "benchmark.json"
-    jobs = ["read", "audit", "accounting", "ledger", "notebook"]
-    arguments = [str(recording), "--rounds", "1", "--output", str(output), "--jobs", ",".join(jobs)]
-    assert script("benchmark").main(arguments) == 0
-    printed = capsys.readouterr()
-    assert "round 1 of 1: notebook" in printed.err
-    found = json.loads(output.read_text())
-    assert list(found["jobs"]) == jobs and {*jobs} < {*script("benchmark").JOBS}
-    assert found["recording"]["elements"] == STEPS * TOKENS * WIDTH
-    for job, figures in found["jobs"].items():
-        assert f"\n{job} " in printed.out
-        assert figures["work"]["median"] > 0 and figures["peak_resident_bytes"] > 1e6
-        parts = sum(figures[part]["median"] for part in ("start-up", "preparation", "work"))
-        assert parts == pytest.approx(figures["total"]["median"])
-    assert found["jobs"]["read"]["work_relative_to_read"] == 1
-    assert found["jobs"]["ledger"]["work_relative_to_accounting"] > 0
-    # Of a run's processes only the notebook's hold torch, and only the audit's hold JAX.
-    peaks = {job: figures["peak_resident_bytes"] for job, figures in found["jobs"].items()}
-    assert peaks["read"] < peaks["audit"] and peaks["read"] < peaks["notebook"]
-
-
-def test_benchmark_skips_what_does_not_fit_in_memory(
-    script: Any, recording: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from jaxaudit.recording import open_recording
-
-    benchmark = script("benchmark")
-    monkeypatch.setattr(benchmark, "available_memory", lambda: 1000)
-    with open_recording(recording) as opened:
-        assert "1000 are free" in benchmark.reason_to_skip("notebook", opened)
-        assert benchmark.reason_to_skip("audit", opened) == ""
-
-
-def test_benchmark_replays_as_torch_writes_it(script: Any):
-    """One element by hand: m_hat = v_hat = 1 at step 1, so the weight moves by the learning rate."""
-    from jaxaudit.hyperparameters import Hyperparameters
-
-    given = Hyperparameters(
-        learning_rate=torch.full((1,), 0.25, dtype=torch.float64).numpy(),
-        beta1=0.5,
-        beta2=0.75,
-        epsilon=0.0,
-        weight_decay=0.0,
-    )
-    before = torch.tensor([1.0], dtype=torch.bfloat16)
-    after = script("benchmark").adam_weight(
-        before, torch.tensor([0.5]), torch.tensor([0.25]), given, 1
-    )
-    assert after.dtype == torch.bfloat16 and after.item() == 0.75
 
 
 @pytest.mark.parametrize("name", ["benchmark", "check_against_notebook"])
