@@ -237,9 +237,7 @@ def parse_steps(text: str) -> tuple[int | None, int | None]:
     """
     parts = re.fullmatch(r"(\d{0,18}):(\d{0,18})", text.strip())
     if not parts:
-        raise Failure(
-            f"--steps: got {text!r}, needed START:STOP, for example 1:101.", WRONG_USAGE
-        )
+        raise Failure(f"--steps: got {text!r}, needed START:STOP, for example 1:101.", WRONG_USAGE)
     first, end = (int(part) if part else None for part in parts.groups())
     return first, end
 

@@ -1,6 +1,7 @@
 """Two recordings laid upon each other: their common timesteps, tokens and tensors, and how to read them."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -122,7 +123,7 @@ class Alignment:
         usual = max(1, BLOCK_ELEMENTS // elements)
         length = (length or usual) if len(blocks) == 1 else 1
         jobs = [
-            lambda t=(first, min(first + length, stop)), b=block: self.read(b, t)
+            functools.partial(self.read, block, (first, min(first + length, stop)))
             for first in range(start, stop, length)
             for block in blocks
         ]
@@ -154,7 +155,9 @@ def _within(rows: NDArray[np.int64], most: int) -> int:
     return len(rows) if spread.max() < most else int(np.argmax(spread >= most))
 
 
-def align(a: Recording, b: Recording, steps: tuple[int | None, int | None] | None = None) -> Alignment:
+def align(
+    a: Recording, b: Recording, steps: tuple[int | None, int | None] | None = None
+) -> Alignment:
     """Find what two recordings have in common.
 
     Args:
@@ -206,9 +209,7 @@ def _common_timesteps(a: Recording, b: Recording) -> tuple[int, int]:
     return start, stop
 
 
-def _checked(
-    steps: tuple[int | None, int | None] | None, start: int, stop: int
-) -> tuple[int, int]:
+def _checked(steps: tuple[int | None, int | None] | None, start: int, stop: int) -> tuple[int, int]:
     first, end = steps or (None, None)
     first, end = start if first is None else first, stop if end is None else end
     if not start <= first < end <= stop:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format, Patterns, encode, is_nan
+from jaxaudit.floats import BFLOAT16, FLOAT32, Format, Patterns, encode, is_nan
 
 #: Elements that are worked on at a time, in the processor's cache.
 PIECE_ELEMENTS = 1 << 16

@@ -137,7 +137,7 @@ class _Tables:
         self.start_squares = np.zeros((tensors, groups))
         self.first = np.full((tensors, len(alignment.tokens)), NEVER)
         self.first_difference = np.full((tensors, len(DIFFERENCE_FIELDS)), NEVER)
-        self._starts: dict[Block, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._starts: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
     def add_start(self, pool: ThreadPoolExecutor) -> None:
         """Compare the state before the first timestep."""
@@ -202,14 +202,14 @@ class _Tables:
 
     def _start(self, block: Block) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the weights of both at the common start, of a block's tokens."""
-        if block in self._starts:
-            return self._starts[block]
+        if block.tokens in self._starts:
+            return self._starts[block.tokens]
         start = self.alignment.start
         patterns = self.alignment.read(block, (start, start + 1), ("param",)).tensors["param"]
         formats = self.alignment.formats("param")
         one, other = (widened(x[0], fmt) for x, fmt in zip(patterns, formats, strict=True))
         if len(self.alignment.tokens) * self.alignment.width <= _KEPT_ELEMENTS:
-            self._starts[block] = one, other
+            self._starts[block.tokens] = one, other
         return one, other
 
     def _within(self, block: Block) -> list[NDArray[np.int64] | slice]:
@@ -255,9 +255,7 @@ def _formats(alignment: Alignment) -> dict[str, Formats]:
             patterns = alignment.read(block, (t, t + 1), (name,)).tensors[name]
             for seen, x, fmt in zip(held, patterns, stored, strict=True):
                 seen.add(value_format(x, fmt, narrow))
-        real = [
-            narrow if seen == {narrow} else fmt for seen, fmt in zip(held, stored, strict=True)
-        ]
+        real = [narrow if seen == {narrow} else fmt for seen, fmt in zip(held, stored, strict=True)]
         found[name] = Formats(*stored, coarser(*real))
     return found
 

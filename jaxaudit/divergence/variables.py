@@ -94,3 +94,52 @@ VARIABLES = {
         ("run", "timestep"), "float64", "1", "learning rate", "NaN where not recorded"
     ),
 }
+
+_PER_VARIABLE = ("variable",)
+
+#: A comparison of two results.
+AUDIT_VARIABLES = {
+    "held": Field(("variable", "run"), "int8", "1", "1 where the file holds the variable"),
+    "entry_count": Field(
+        _PER_VARIABLE,
+        "int64",
+        "1",
+        "entries compared",
+        "those whose labels both files have; 0 where only one holds the variable, or in another layout",
+    ),
+    "differing_entry_count": Field(
+        _PER_VARIABLE,
+        "int64",
+        "1",
+        "entries that differ",
+        "in their bits, all NaNs being alike; of another dtype, in value; "
+        f"{NOT_AUDITED} where the dimensions are others",
+    ),
+    "max_difference": Field(
+        _PER_VARIABLE,
+        "float64",
+        "1",
+        "largest absolute difference",
+        "in the variable's own units; NaN where it holds names, or a NaN stands against a number",
+    ),
+    "first_differing_timestep": Field(
+        _PER_VARIABLE,
+        "int64",
+        "1",
+        "first timestep with an entry that differs",
+        f"{NEVER} where none does, or where there are no timesteps",
+    ),
+    "identified_arithmetic": Field(
+        ("run",), "str", "1", "arithmetics that replay the recording bit for bit, best first"
+    ),
+    "mismatch_total": Field(
+        ("run", "arithmetic", "stage"),
+        "int64",
+        "1",
+        "elements of all timesteps whose replayed bits differ from the recorded ones",
+        f"{NOT_AUDITED} where not audited, or where the arithmetic was not replayed",
+    ),
+    "wanted_count": Field(_PER_RUN, "int64", "1", "elements whose exact update is not zero"),
+    "lost_count": Field(_PER_RUN, "int64", "1", "of these, elements whose weight did not change"),
+    "norm_observed": Field(_PER_RUN, "float64", "1", "L2 norm of the recorded weight change"),
+}
