@@ -158,8 +158,7 @@ def _parting_sentences(dataset: xr.Dataset) -> list[str]:
     )
     at = f"token {first['token']:,}, position {first['position']:,}, {bits}"
     if timestep < int(dataset.timestep[0]):
-        others = [n for n in _tensors(dataset) if int(_first(dataset, n)["timestep"]) == timestep]
-        return [f"They do not start alike: before timestep {timestep + 1:,}, {', '.join(others)} differ ({tensor}: {at})."]  # fmt: skip
+        return [_start_sentence(dataset, timestep, f"{tensor}: {at}")]
     lines = [f"They part at timestep {timestep:,}: the {NAMES[tensor]} differs first ({at})."]
     if tensor == "grad":
         lines.append(
@@ -174,6 +173,15 @@ def _parting_sentences(dataset: xr.Dataset) -> list[str]:
     else:
         lines.append("Both together hold no gradients that could tell whether these part first.")
     return lines
+
+
+def _start_sentence(dataset: xr.Dataset, start: int, at: str) -> str:
+    """Tell what differs before the first timestep, and whether rounding makes it the same."""
+    names = [n for n in _tensors(dataset) if int(_first(dataset, n)["timestep"]) == start]
+    rounded = dataset.rounded_differing_count_at_start.sel(tensor=names, token_group="all")
+    verb = "differs" if len(names) == 1 else "differ"
+    alike = "; rounded to the coarser format they are alike" if not rounded.any() else ""
+    return f"Before timestep {start + 1:,} they are apart already: {', '.join(names)} {verb} ({at}){alike}."
 
 
 def _rounded_sentences(dataset: xr.Dataset) -> list[str]:

@@ -133,7 +133,7 @@ class _Tables:
         self.moves = np.zeros((3, *each[1:]))
         kept = math.prod(each) * ULP_BINS <= _MOST_ENTRIES
         self.histogram = np.zeros((*each, ULP_BINS), np.int64) if kept else None
-        self.start_counts = np.zeros((tensors, groups), np.int64)
+        self.start_counts = np.zeros((2, tensors, groups), np.int64)
         self.start_squares = np.zeros((tensors, groups))
         self.first = np.full((tensors, len(alignment.tokens)), NEVER)
         self.first_difference = np.full((tensors, len(DIFFERENCE_FIELDS)), NEVER)
@@ -149,11 +149,11 @@ class _Tables:
                 k = self.alignment.tensors.index(name)
                 self._note_first(k, pair, 0, found)
                 for g, members in enumerate(self._within(block)):
-                    self.start_counts[k, g] += found.counts[0, members].sum()
+                    self.start_counts[:, k, g] += found.counts[:, members].sum(axis=1)
                     self.start_squares[k, g] += found.sums[2, members].sum()
         if "grad" in self.alignment.tensors:
             k = self.alignment.tensors.index("grad")
-            self.start_counts[k], self.start_squares[k] = NOT_AUDITED, math.nan
+            self.start_counts[:, k], self.start_squares[k] = NOT_AUDITED, math.nan
 
     def add(self, pair: Pair, pool: ThreadPoolExecutor) -> None:
         """Compare a window."""
@@ -279,7 +279,8 @@ def _label(alignment: Alignment, tables: _Tables) -> xr.Dataset:
         "max_distance": tables.peaks[0],
         "displacement_norm": moves,
         "displacement_cosine": np.clip(cosine, -1, 1),
-        "differing_count_at_start": tables.start_counts,
+        "differing_count_at_start": tables.start_counts[0],
+        "rounded_differing_count_at_start": tables.start_counts[1],
         "distance_at_start": np.sqrt(tables.start_squares),
         "first_difference": tables.first_difference,
         "first_divergence": tables.first,

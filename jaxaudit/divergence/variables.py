@@ -62,6 +62,13 @@ VARIABLES = {
         "elements that differ before the first timestep",
         f"{NOT_AUDITED} for gradients, of which there are none",
     ),
+    "rounded_differing_count_at_start": Field(
+        ("tensor", "token_group"),
+        "int64",
+        "1",
+        "elements that differ before the first timestep after rounding to `ulp_format`",
+        f"{NOT_AUDITED} for gradients, of which there are none",
+    ),
     "distance_at_start": Field(
         ("tensor", "token_group"), "float64", "1", "L2 distance before the first timestep"
     ),
