@@ -1,5 +1,6 @@
 """Two runs, or two results, side by side: every number against a slow count, and the command as people use it."""
 
+import importlib
 import json
 import math
 import os
@@ -64,7 +65,7 @@ def compared(a: Path, b: Path, groups: Any = None, **how: Any) -> xr.Dataset:
         return jaxaudit.compare(one, other, groups, **how)
 
 
-def pair(tmp_path: Path, a: Any, b: Any, **metadata: Any) -> tuple[Path, Path]:
+def pair(tmp_path: Path, a: Any, b: Any, /, **metadata: Any) -> tuple[Path, Path]:
     one = write(tmp_path / "a.safetensors", a, metadata.get("a"))
     return one, write(tmp_path / "b.safetensors", b, metadata.get("b"))
 
@@ -411,14 +412,11 @@ def cut(tensors: Mapping[str, Tensor], rows: Sequence[int], states: slice) -> di
     return found | {"num_steps": f32(steps)}
 
 
-def without_series(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in tensors.items() if k != "losses" and v[1].size != 13}
-
-
 def test_recordings_of_other_rows_are_aligned_by_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = small_run((4, 9, 5))
+    whole["W"][1][2, 5, 3] = 0x3F80  # no NaN, which would be like any other
     rows_a, rows_b = [7, 2, 0, 5, 8], [1, 2, 8, 3, 5]
     a, b = (cut(whole, rows, slice(None)) for rows in (rows_a, rows_b))
     b["W"][1][2, 4, 3] ^= 1  # token 5
@@ -444,6 +442,7 @@ def test_recordings_of_other_rows_are_aligned_by_token(
 
 def test_the_common_timesteps_are_compared(tmp_path: Path) -> None:
     whole = small_run((10, 3, 2))
+    whole["W"][1][7, 1, 1] = 0x3F80
     short = cut(whole, range(3), slice(0, 6))
     ds = compared(*pair(tmp_path, whole, short))
     assert ds.timestep.values.tolist() == [1, 2, 3, 4, 5]
@@ -584,23 +583,35 @@ def test_loop_and_fused_part_where_their_patterns_do(torch_pairs: Mapping[str, A
     assert "The gradients up to there are identical" in account.describe(ds)
 
 
-def test_bfloat16_against_float32_master(torch_pairs: Mapping[str, Any]) -> None:
-    (loop, a), (master, b) = torch_pairs["loop"], torch_pairs["master"]
+def test_bfloat16_against_float32_master(torch_pairs: Mapping[str, Any], tmp_path: Path) -> None:
+    import runs as made
+
+    (loop, a), (master, copied) = torch_pairs["loop"], torch_pairs["master"]
+    exact = master.patterns["param"]
+    path = tmp_path / "b.safetensors"
+    b = made.save(path, master, change={"W": exact.view(np.float32).reshape(13, 600, 1)})
+    wide = loop.patterns["param"].astype(np.uint32) << 16
+    near = exact.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    apart = (loop.patterns["param"] != near)[1:].sum(axis=1).tolist()
+
     ds = compared(a, b)
     assert ds.storage_format.sel(tensor="param").values.tolist() == ["bfloat16", "float32"]
     assert ds.ulp_format.sel(tensor="param") == "bfloat16"
-    wide = loop.patterns["param"].astype(np.uint32) << 16
-    exact = master.patterns["param"]
-    near = exact.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
     weights = ds.sel(tensor="param", token_group="all")
     assert weights.differing_count.values.tolist() == (wide != exact)[1:].sum(axis=1).tolist()
-    apart = loop.patterns["param"] != near
-    assert weights.rounded_differing_count.values.tolist() == apart[1:].sum(axis=1).tolist()
+    assert weights.rounded_differing_count.values.tolist() == apart
     gap = np.abs(wide.view(np.float32).astype(np.float64) - exact.view(np.float32))
     assert weights.max_distance.values.tolist() == gap[1:].max(axis=1).tolist()
     text = account.describe(ds)
     assert "param is bfloat16 in a and float32 in b: rounded to bfloat16" in text
     assert not account.identical(ds)
+
+    ds = compared(a, copied)  # the recorded weight is the bfloat16 copy
+    weights = ds.sel(tensor="param", token_group="all")
+    assert set(ds.storage_format.sel(tensor="param").values) == {"bfloat16"}
+    assert weights.differing_count.values.tolist() == apart
+    assert ds.storage_format.sel(tensor="exp_avg").values.tolist() == ["bfloat16", "float32"]
+    assert ds.ulp_format.sel(tensor="exp_avg") == "bfloat16"
 
 
 # Results.
@@ -728,7 +739,7 @@ def test_figures_are_drawn_from_any_comparison(
     b = saved(tmp_path / "b.nc", made_result(lost=8))
     figure = figures.updates(jaxaudit.compare_results(a, b))
     figure.savefig(tmp_path / "figure.png")
-    assert "30 % in a, 42 % in b" in figure.get_suptitle()
+    assert "30 % in a, 42 % in b" in " ".join(figure.get_suptitle().split())
     assert figures.differing(nothing).get_suptitle() == "Nothing differs"
 
 
@@ -747,7 +758,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int
     """Run the command within this process."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
-        import compare_runs
+        compare_runs = importlib.import_module("compare_runs")
     finally:
         sys.path.pop(0)
     status = compare_runs.main([str(word) for word in words])
