@@ -10,6 +10,7 @@ import xarray as xr
 
 from jaxaudit.divergence.variables import NEVER, RUNS
 from jaxaudit.ledger.verdict import number, percent
+from jaxaudit.results import NOT_AUDITED
 from jaxaudit.safetensors_file import printable, short
 
 #: Tensors in prose.
@@ -387,15 +388,22 @@ def _mismatch_sentences(dataset: xr.Dataset) -> list[str]:
     lines = []
     for name in map(str, dataset.arithmetic.values):
         both = dataset.mismatch_total.sel(arithmetic=name)
-        shown = [
-            f"{stage} " + " | ".join("not audited" if n < 0 else f"{n:,}" for n in both.sel(stage=stage).values.tolist())
-            for stage in map(str, dataset.stage.values)
-        ]  # fmt: skip
+        absent = [run for run in RUNS if (both.sel(run=run) == NOT_AUDITED).all()]
+        if absent == [*RUNS]:
+            continue
+        shown = [_total(both.sel(stage=stage), absent) for stage in both.stage.values]
         same = bool((both.sel(run="a") == both.sel(run="b")).all())
-        lines.append(
-            f"Mismatches under {name}{' are as many in both' if same else ''}, a | b: {', '.join(shown)}."
-        )
+        head = f"Mismatches under {name}{' are as many in both' if same else ''}"
+        tail = f"; {absent[0]} did not replay it" if absent else ""
+        lines.append(f"{head}{'' if absent else ', a | b'}: {', '.join(shown)}{tail}.")
     return lines
+
+
+def _total(both: xr.DataArray, absent: Sequence[str]) -> str:
+    """Write the mismatches of a stage in either run that replayed it."""
+    counts = [int(both.sel(run=run)) for run in RUNS if run not in absent]
+    told = ["not audited" if n == NOT_AUDITED else f"{n:,}" for n in counts]
+    return f"{both.stage.values} {' | '.join(told)}"
 
 
 def _lost_sentences(dataset: xr.Dataset) -> list[str]:
@@ -407,13 +415,12 @@ def _lost_sentences(dataset: xr.Dataset) -> list[str]:
         one = totals.sel(token_group=name)
         lost, wanted = one.lost_count.values.tolist(), one.wanted_count.values.tolist()
         shares = [
-            f"{percent(n, of)} in {run}" if of else f"none wanted in {run}"
+            f"{percent(n, of)} in {run} ({n:,} of {of:,})" if of else f"none wanted in {run}"
             for run, n, of in zip(RUNS, lost, wanted, strict=True)
         ]
-        more = "" if lost != lost[::-1] or wanted != wanted[::-1] else " (the same numbers)"
-        lines.append(
-            f"Wanted updates of {short(name)} tokens that changed nothing: {', '.join(shares)}{more}."
-        )
+        same = lost == lost[::-1] and wanted == wanted[::-1]
+        told = f"{shares[0].replace(' in a', '')} in both" if same else ", ".join(shares)
+        lines.append(f"Wanted updates of {short(name)} tokens that changed nothing: {told}.")
     return lines
 
 
