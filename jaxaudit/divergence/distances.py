@@ -106,16 +106,24 @@ def compare_tokens(
     return found
 
 
-def differing(a: Patterns, b: Patterns, formats: Formats) -> NDArray[np.bool_]:
+def differing(
+    a: Patterns, b: Patterns, formats: Formats, *, nans: bool = True
+) -> NDArray[np.bool_]:
     """Tell which elements differ: in their bits, or, stored differently, in the bits of both as float32.
 
     All NaNs are alike; both zeros differ.
+
+    Args:
+        a: patterns of one.
+        b: patterns of the other.
+        formats: theirs.
+        nans: whether there may be NaNs in both.
     """
     if not formats.plain:
         a, b = widened(a, formats.a).view(np.uint32), widened(b, formats.b).view(np.uint32)
     fmt = formats.a if formats.plain else FLOAT32
     unlike = a != b
-    if unlike.any():
+    if nans and unlike.any():
         unlike &= ~(is_nan(a, fmt) & is_nan(b, fmt))
     return unlike
 
@@ -140,18 +148,21 @@ def narrowed(patterns: Patterns, fmt: Format, target: Format) -> Patterns:
     return encode(widened(patterns, fmt), target)
 
 
-def line(patterns: Patterns, fmt: Format) -> NDArray[np.int32]:
-    """Place patterns on the ordered line of integers, as `floats.ordered` does."""
-    if fmt is FLOAT32:
-        signed = patterns.view(np.int32)
-    else:
-        signed = patterns.view(np.int16).astype(np.int32)
+def line(patterns: Patterns, fmt: Format, *, nans: bool = True) -> NDArray[np.int32]:
+    """Place patterns on the ordered line of integers, as `floats.ordered` does.
+
+    Args:
+        patterns: of any shape.
+        fmt: their format.
+        nans: whether there may be NaNs.
+    """
+    signed = patterns.view(np.int32) if fmt is FLOAT32 else patterns.view(np.int16).astype(np.int32)
     negative = signed >> 31
     signed = signed & (fmt.sign_bit - 1)
-    nan = signed > fmt.infinity
+    nan = signed > fmt.infinity if nans else None
     signed ^= negative
     signed -= negative
-    if nan.any():
+    if nan is not None:
         signed[nan] = fmt.infinity + 1
     return signed
 
@@ -178,28 +189,46 @@ def _add_piece(
     sums, peaks = found.sums[:, rows], found.peaks[:, rows]
     sums[0] += np.square(values_a).sum(axis=1)
     sums[1] += np.square(values_b).sum(axis=1)
-    unlike = differing(a, b, formats)
+    # A sum of squares is NaN where there is a NaN, and only there.
+    nan_a, nan_b = np.isnan(sums[0]).any(), np.isnan(sums[1]).any()
+    unlike = differing(a, b, formats, nans=bool(nan_a and nan_b))
     if not unlike.any():
         _count_zeros(found.histogram, a.shape, kinds)
         return
-    found.counts[0, rows] += np.count_nonzero(unlike, axis=1)
+    found.counts[0, rows] += _count_rows(unlike)
     distance = np.abs(np.subtract(values_a, values_b, out=values_a), out=values_a)
-    peak = distance.max(axis=1)
+    peak = _peaks(distance)
     if np.isnan(peak).any():  # NaNs, or infinities of one sign: 0 where they are on both sides
         distance[~unlike] = 0
-        peak = distance.max(axis=1)
+        peak = _peaks(distance)
     peaks[0] = np.maximum(peaks[0], peak)
     sums[2] += np.square(distance, out=distance).sum(axis=1)
-    a, b = narrowed(a, formats.a, formats.ulp), narrowed(b, formats.b, formats.ulp)
-    if not (formats.plain and formats.ulp is formats.a):
-        unlike = differing(a, b, Formats(formats.ulp, formats.ulp, formats.ulp))
-    found.counts[1, rows] += np.count_nonzero(unlike, axis=1)
-    ulps = np.subtract(line(a, formats.ulp), line(b, formats.ulp), out=values_b, dtype=np.float64)
+    ulp = formats.ulp
+    a, b = narrowed(a, formats.a, ulp), narrowed(b, formats.b, ulp)
+    if not (formats.plain and ulp is formats.a):
+        unlike = differing(a, b, Formats(ulp, ulp, ulp), nans=bool(nan_a and nan_b))
+    found.counts[1, rows] += _count_rows(unlike)
+    places_a, places_b = line(a, ulp, nans=bool(nan_a)), line(b, ulp, nans=bool(nan_b))
+    ulps = np.subtract(places_a, places_b, out=values_b, dtype=np.float64)
     np.abs(ulps, out=ulps)
     sums[3] += ulps.sum(axis=1)
-    peaks[1] = np.maximum(peaks[1], ulps.max(axis=1))
+    peaks[1] = np.maximum(peaks[1], _peaks(ulps))
     sums[4] += np.square(ulps, out=values_a).sum(axis=1)
     _count_ulps(found.histogram, ulps, kinds)
+
+
+def _peaks(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest of each row of numbers without sign, NaN where there is one: as integers, twice as fast."""
+    return sizes.view(np.int64).max(axis=1).view(np.float64)
+
+
+def _count_rows(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Count the flags of each row; where their bytes fit, eight are added at a time."""
+    tokens, width = flags.shape
+    if width % 8 or width > 8 * 255:
+        return np.count_nonzero(flags, axis=1)
+    lanes = np.add.reduce(flags.view(np.uint64), axis=1)
+    return lanes.view(np.uint8).reshape(tokens, 8).sum(axis=1, dtype=np.int64)
 
 
 def _add_moves(
