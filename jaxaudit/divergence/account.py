@@ -261,6 +261,10 @@ def _held_differently(dataset: xr.Dataset) -> list[str]:
         lines.append(
             f"a holds the timesteps {held[0]}, b {held[1]} (ends not included); {first}:{last + 1} are compared."
         )
+    if run := attributes["rows_assumed_of"]:
+        lines.append(
+            f"{run} does not say which rows of the parameter it holds; they are taken for those of the other."
+        )
     counts = [int(attributes[f"tokens_{run}"]) for run in RUNS]
     common = dataset.sizes["token"]
     if counts != [common, common]:

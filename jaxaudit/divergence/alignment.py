@@ -63,6 +63,8 @@ class Alignment:
         parameter_tokens: how many tokens the whole parameter has.
         rows: each common token's row in either recording.
         tensors: names of the common tensors, in `ORDER`.
+        assumed: which recording (0 or 1) does not say which rows it holds, and is taken to hold those of the other;
+            None for neither.
     """
 
     recordings: tuple[Recording, Recording]
@@ -72,6 +74,7 @@ class Alignment:
     parameter_tokens: int
     rows: tuple[NDArray[np.int64], NDArray[np.int64]]
     tensors: tuple[str, ...]
+    assumed: int | None
 
     @property
     def width(self) -> int:
@@ -172,6 +175,11 @@ def align(
     if a.row_shape != b.row_shape:
         raise FileError(_other_shapes(a, b))
     (tokens_a, whole_a), (tokens_b, whole_b) = a.token_numbers(), b.token_numbers()
+    assumed = None
+    if whole_a != whole_b and a.tokens == b.tokens and a.tokens in (whole_a, whole_b):
+        assumed = 0 if a.tokens == whole_a else 1
+        tokens_a = tokens_b = tokens_b if assumed == 0 else tokens_a
+        whole_a = whole_b = max(whole_a, whole_b)
     if whole_a != whole_b:
         raise FileError(_other_shapes(a, b))
     tokens, rows_a, rows_b = np.intersect1d(tokens_a, tokens_b, return_indices=True)
@@ -189,6 +197,7 @@ def align(
         parameter_tokens=whole_a,
         rows=(rows_a, rows_b),
         tensors=tuple(name for name in ORDER if name in a.formats and name in b.formats),
+        assumed=assumed,
     )
 
 

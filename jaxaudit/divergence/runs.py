@@ -328,6 +328,7 @@ def _attributes(alignment: Alignment) -> dict[str, Any]:
         "tokens_b": b.tokens,
         "only_in_a": ",".join(alignment.only_in(0)),
         "only_in_b": ",".join(alignment.only_in(1)),
+        "rows_assumed_of": "" if alignment.assumed is None else RUNS[alignment.assumed],
         "common_start": alignment.start,
         "differing_claims": json.dumps(differing_claims(a, b)),
         **origin(),
