@@ -200,7 +200,7 @@ def displacement(a: Tensor, b: Tensor, t: int, tokens: Sequence[int]) -> tuple[l
             rows.append(added([m * n for m, n in zip(moves[i], moves[j], strict=True)]))
         sums.append(added(rows))
     one, other = root(sums[0]), root(sums[1])
-    below = one * other
+    below = root(sums[0] * sums[1])
     cosine = sums[2] / below if below else math.nan
     return [one, other], max(-1.0, min(1.0, cosine)) if cosine == cosine else math.nan
 
@@ -316,6 +316,7 @@ def test_no_bit_depends_on_windows_or_pieces(
     wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = compared(*wide)
+    assert (compared(wide[0], wide[0]).displacement_cosine == 1).all()
     found = [compared(*wide, window_steps=n) for n in (1, 2, 3, 100)]
     monkeypatch.setattr(distances, "PIECE_ELEMENTS", 100)
     monkeypatch.setattr(runs, "_THREADS", 1)

@@ -265,7 +265,8 @@ def _label(alignment: Alignment, tables: _Tables) -> xr.Dataset:
     timesteps = np.arange(*alignment.timesteps)
     with np.errstate(all="ignore"):
         roots, moves = np.sqrt(tables.sums), np.sqrt(tables.moves[:2])
-        cosine = tables.moves[2] / (moves[0] * moves[1])
+        # One root of the product: exactly 1 where both displacements are the same.
+        cosine = tables.moves[2] / np.sqrt(tables.moves[0] * tables.moves[1])
     arrays: dict[str, Any] = {
         "element_count": [len(m) * alignment.width for m in tables.members.values()],
         "differing_count": tables.counts[0],
