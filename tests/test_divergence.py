@@ -324,6 +324,18 @@ def test_no_bit_depends_on_windows_or_pieces(
         _assert_same(ds, expected)
 
 
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 15, 16, 64, 2040, 2048])
+def test_rows_of_any_width_are_reduced_alike(width: int) -> None:
+    random = np.random.default_rng(width)
+    values = np.abs(random.normal(0, 1, (9, width))) ** 20
+    values[3, width // 2], values[5, width // 2] = math.nan, math.inf
+    flags = random.random((9, width)) < 0.9
+    same(distances._row_sums(values), values.sum(axis=1))
+    same(distances._peaks(values), values.max(axis=1))
+    assert distances._count_rows(flags).tolist() == [sum(row) for row in flags.tolist()]
+    assert distances._count_rows(np.ones((2, width), bool)).tolist() == [width, width]
+
+
 def test_wide_rows_are_worked_on_in_parts(
     wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

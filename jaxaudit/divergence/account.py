@@ -244,7 +244,8 @@ def _middle(one: xr.Dataset) -> str:
     if "ulp_histogram" not in one or not (counts := one.ulp_histogram.values[1:]).any():
         return ""
     median = int(np.argmax(2 * counts.cumsum() >= counts.sum())) + 1
-    return f", half of them by at most {int(one.ulp_bin[median]):,}"
+    most = min(int(one.ulp_bin[median]), int(one.max_ulp_distance))
+    return f", half of them by at most {most:,}"
 
 
 def _held_differently(dataset: xr.Dataset) -> list[str]:
