@@ -18,6 +18,8 @@ _HOME = {
     "audit": "auditing",
     "audit_tree": "auditing",
     "LedgerOptions": "ledger.subject",
+    "compare": "divergence.runs",
+    "compare_results": "divergence.audits",
     "cross_check": "rounding.certificate",
     "free_run": "auditing",
     "identify": "identification",

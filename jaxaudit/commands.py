@@ -222,16 +222,26 @@ def _groups(request: AuditRequest, recording: Recording) -> TokenGroups:
 def _steps(request: AuditRequest, recording: Recording) -> tuple[int, int] | None:
     if request.steps is None:
         return None
-    parts = re.fullmatch(r"(\d{0,18}):(\d{0,18})", request.steps.strip())
-    if not parts:
-        raise Failure(
-            f"--steps: got {request.steps!r}, needed START:STOP, for example 1:101.", WRONG_USAGE
-        )
-    start, stop = int(parts[1] or 1), int(parts[2] or recording.steps + 1)
+    first, end = parse_steps(request.steps)
+    start = 1 if first is None else first
+    stop = recording.steps + 1 if end is None else end
     try:
         return workbench.check_steps(recording, (start, stop))
     except ValueError as error:
         raise Failure(f"--steps: {error}", WRONG_USAGE) from error
+
+
+def parse_steps(text: str) -> tuple[int | None, int | None]:
+    """Parse START:STOP; None for what is left out.
+
+    Raises:
+        Failure: it is something else.
+    """
+    parts = re.fullmatch(r"(\d{0,18}):(\d{0,18})", text.strip())
+    if not parts:
+        raise Failure(f"--steps: got {text!r}, needed START:STOP, for example 1:101.", WRONG_USAGE)
+    first, end = (int(part) if part else None for part in parts.groups())
+    return first, end
 
 
 def _outputs(

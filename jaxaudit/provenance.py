@@ -22,6 +22,12 @@ def provenance(device: Device, devices: int = 1) -> dict[str, Any]:
         "jax_version": version_of("jax") or "unknown",
         "jaxlib_version": version_of("jaxlib") or "unknown",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    } | origin()
+
+
+def origin() -> dict[str, Any]:
+    """Describe the version and the call that make a result, for one that needs no device."""
+    return {
         "jaxaudit_version": version_of("jaxaudit") or "unknown",
         "creation_library": "jaxaudit",
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

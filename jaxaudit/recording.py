@@ -147,8 +147,8 @@ class Recording:
         text = self.metadata.get(name, "").strip()
         return int(text) if text.isdecimal() and len(text) < 10 and int(text) > 0 else None
 
-    def parameter_elements(self) -> tuple[NDArray[np.int64], int]:
-        """Return each recorded element's flat position within the whole parameter, and that one's size.
+    def token_numbers(self) -> tuple[NDArray[np.int64], int]:
+        """Return each recorded row's number within the whole parameter, and how many that one has.
 
         A recording of some rows only names them in its metadata (`rows`, `parameter_shape`); without
         that it counts as whole.
@@ -162,9 +162,35 @@ class Recording:
             or tuple(shape[1:]) != self.row_shape
             or max(rows) >= shape[0]
         ):
-            return np.arange(self.step_elements), self.step_elements
+            return np.arange(self.tokens), self.tokens
+        return np.array(rows), shape[0]
+
+    def parameter_elements(self) -> tuple[NDArray[np.int64], int]:
+        """Return each recorded element's flat position within the whole parameter, and that one's size.
+
+        See `token_numbers`.
+        """
+        rows, tokens = self.token_numbers()
         within = np.arange(self.width)
-        return (np.array(rows)[:, None] * self.width + within).reshape(-1), math.prod(shape)
+        return (rows[:, None] * self.width + within).reshape(-1), tokens * self.width
+
+    def patterns(
+        self, name: str, states: tuple[int, int], rows: tuple[int, int]
+    ) -> NDArray[np.unsignedinteger]:
+        """Read a range of states of a range of rows of one tensor, into memory of its own.
+
+        Args:
+            name: which tensor.
+            states: range of entries of the first axis: 0 is the initial state, t belongs to step t.
+            rows: range of rows.
+
+        Returns:
+            Bit patterns of shape (states, rows, width).
+        """
+        shape = (states[1] - states[0], rows[1] - rows[0], self.width)
+        out = aligned(shape, self.formats[name].pattern_dtype)
+        self._file.read_rows(TENSOR_KEYS[name], states, rows, out)
+        return out
 
     def windows(
         self,

@@ -80,6 +80,18 @@ COORDINATES = {
     "norm": Field(("norm",), "str", "1", "norm over the elements of a token"),
     "traced_token": Field(("traced_token",), "int64", "1", "token that is followed step by step"),
     "remedy": Field(("remedy",), "str", "1", "what is done otherwise"),
+    "run": Field(("run",), "str", "1", "which of the two that are compared"),
+    "ulp_bin": Field(
+        ("ulp_bin",),
+        "int64",
+        "ulp",
+        "largest ulp distance of the bin",
+        "0, 1, 2, then up to the next power of two: 3 to 4, 5 to 8, ...",
+    ),
+    "divergence_field": Field(
+        ("divergence_field",), "str", "1", "what is told of the first difference"
+    ),
+    "variable": Field(("variable",), "str", "1", "variable of an audit's file, as group/variable"),
     "operation": Field(("operation",), "str", "1", "operation"),
     "mode": Field(("mode",), "str", "1", "what computed it"),
     "reference": Field(("reference",), "str", "1", "what it is compared with"),
