@@ -117,7 +117,7 @@ class Workbench:
         return self._facts(candidate).hidden
 
     def program(self, candidate: Candidate, stage: Stage) -> Program:
-        """Say what a stage reads under a candidate."""
+        """Say what one of `stages` reads under a candidate."""
         return self._facts(candidate).programs[stage]
 
     def step(self, candidate: Candidate) -> Step:
@@ -146,7 +146,7 @@ class Workbench:
         run = {name for each in missing.values() for name in each}
         programs: dict[Stage, Program] = {
             stage: self.replayer.program(step, stage, arithmetic.rule, arithmetic.label)
-            for stage in STAGES
+            for stage in missing
         }
         hidden = tuple(name for name in step.state if name in run)
         return _Facts(step, tuple(missing), hidden, programs)

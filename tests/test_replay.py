@@ -585,7 +585,7 @@ def test_a_kept_weight_is_replayed_from_itself():
     for stage in STAGES:
         program = case.program(replayer, step, stage)
         flags, _ = replayer.flags(program, scalars, whole, tail)
-        assert not flags.any(), stage
+        assert flags is None, stage
     # The copies alone do not tell the next weight.
     careless = window | {OWN_PARAM: encode(decode(window["param"], BFLOAT16), FLOAT32)}
     assert replayer.flags(program, scalars, careless, tail)[0].mean() > 0.01
