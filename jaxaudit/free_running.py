@@ -67,6 +67,8 @@ class FreeRun:
         self.step, self.hidden = step, hidden
         self._formats = replayer.formats | dict(formats or {})
         self._state: tuple[Any, ...] | None = None
+        self._placement, self._device = replayer.placement, replayer.device
+        self._unmarked: jax.Array | None = None
         read = {x.removeprefix("new_") for each in hidden for x in step.reads(each)}
         self._known = {x: self._formats[x] for x in step.state if x in read - {*hidden}}
         verdicts: dict[Formulation, str] = {
@@ -84,7 +86,6 @@ class FreeRun:
                 "Use another backend, for example --backend cpu."
             )
         self._fast = not verdicts["float32"]
-        self._placement, self._device = replayer.placement, replayer.device
 
     def advance(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
         """Run through a window.
@@ -127,11 +128,39 @@ class FreeRun:
         run._state = None
         return run
 
-    def program(self, formulation: Formulation, device: Device) -> Callable:
-        """Return the compiled run of one window."""
-        known = tuple(self._known.items())
-        grad = self._formats["grad"]
-        return _free_run_program(self.step, self.hidden, known, grad, formulation, device)
+    def through(
+        self,
+        formulation: Formulation,
+        scalars: Scalars,
+        arrays: Recorded,
+        tail: Any,
+        state: tuple[Any, ...],
+    ) -> tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]:
+        """Run through a window in one formulation.
+
+        Each timestep is a call of its own: XLA:CPU would keep a loop within a program to one core.
+
+        Returns:
+            Patterns of each hidden tensor after the last step, after every step, and the elements at which float32
+            met a subnormal number.
+        """
+        known, grad = tuple(self._known.items()), self._formats["grad"]
+        program = _step_program(self.step, self.hidden, known, grad, formulation, self._device)
+        given = scalars if formulation == "float32" else widened(scalars)
+        zero, found, strays = np.uint32(0), [], self._none(arrays)
+        for k in range(arrays["grad"].shape[0]):
+            at = {name: values[k] for name, values in given.items()}
+            state, strays = program(zero, np.int32(k), at, arrays, tail, state, strays)
+            found.append(state)
+        together = _together_program(self._device)
+        return state, tuple(together(list(each)) for each in zip(*found, strict=True)), strays
+
+    def _none(self, arrays: Recorded) -> jax.Array:
+        """Mark no element; where the state is."""
+        elements = arrays["grad"].shape[1]
+        if self._unmarked is None or self._unmarked.shape[0] != elements:
+            self._unmarked = self._placement.put_one(np.zeros(elements, bool))
+        return self._unmarked
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -153,12 +182,10 @@ class FreeRun:
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Run in float32 where no subnormal number is met, else in float64."""
         if self._fast and no_subnormals(scalars):
-            program = self.program("float32", self._device)
-            *found, strays = program(np.uint32(0), scalars, arrays, tail, state)
+            *found, strays = self.through("float32", scalars, arrays, tail, state)
             if not np.asarray(strays).any():
                 return found[0], found[1]
-        program = self.program("float64", self._device)
-        return program(np.uint32(0), widened(scalars), arrays, tail, state)[:2]
+        return self.through("float64", scalars, arrays, tail, state)[:2]
 
     def _start(self, name: str, window: Recorded) -> NDArray[Any]:
         """Return the first state: the recorded one where there is one, else zeros."""
@@ -210,12 +237,10 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
         state[name] = np.zeros(elements, fmt.pattern_dtype)
         state[name][:tried] = hard_patterns(rng, name, fmt, 1, size, formulation)[0]
     tail = (np.arange(elements) % 2 == 0).astype(np.uint8)
-    given = scalars if formulation == "float32" else widened(scalars)
     try:
-        program = run.program(formulation, replayer.device)
         placed, place = replayer.placement.put(window), replayer.placement.put_one
         start = tuple(place(each) for each in state.values())
-        _, found, strays = program(np.uint32(0), given, placed, place(tail), start)
+        _, found, strays = run.through(formulation, scalars, placed, place(tail), start)
         strays = np.asarray(strays)[:tried]
     except Exception as error:  # a device without float64, say, fails to compile
         return f"it does not run ({str(error).splitlines()[0][:200]})"
@@ -265,8 +290,13 @@ def _join_program(device: Device) -> Callable:
     return compile_exactly(lambda first, rest: jnp.concatenate([first[None], rest]), device)
 
 
+@functools.lru_cache(maxsize=8)
+def _together_program(device: Device) -> Callable:
+    return compile_exactly(jnp.stack, device)
+
+
 @functools.lru_cache(maxsize=64)
-def _free_run_program(
+def _step_program(
     step: Step,
     hidden: tuple[str, ...],
     known: tuple[tuple[str, Format], ...],
@@ -274,37 +304,25 @@ def _free_run_program(
     formulation: Formulation,
     device: Device,
 ) -> Callable:
-    """Run the hidden tensors through a window, each step fed with the one before.
-
-    Returns the patterns of each after the last step, after every step, and the elements at which float32 met a
-    subnormal number.
-    """
+    """Take the hidden tensors through one timestep of a window; see `FreeRun.through`."""
 
     def whole(
-        zero: Any, scalars: Any, window: Any, tail: Any, state: Any
-    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
-        def one_step(carried: Any, timestep: Any) -> tuple[Any, Any]:
-            # Patterns are carried and scanned, and decoded here: decoded windows would go through memory.
-            (patterns, strays), (s, before, after, gradient) = carried, timestep
-            ops = operations_of(formulation, zero, flushes=step.flushes)
-            x = {name: ops.decode(before[name], fmt) for name, fmt in known}
-            recorded = {name: ops.decode(after[name], fmt) for name, fmt in known}
-            x["grad"] = ops.decode(gradient, grad)
-            for name, pattern in zip(hidden, patterns, strict=True):
-                x[name] = ops.decode(pattern, step.format_of(name))
-            found = advance(step, hidden, ops, s, x | {"tail": tail}, recorded)
-            if isinstance(ops, Float32Operations):
-                for value in (*x.values(), *recorded.values(), *found.values()):
-                    ops.watch(value)
-                strays |= ops.strays
-            new = tuple(ops.encode(found[name], step.format_of(name)) for name in hidden)
-            return (new, strays), new
+        zero: Any, k: Any, s: Any, window: Any, tail: Any, state: Any, strays: Any
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        def at(name: str, timestep: Any) -> Any:
+            return jax.lax.dynamic_index_in_dim(window[name], timestep, keepdims=False)
 
-        before = {name: window[name][:-1] for name, _ in known}
-        after = {name: window[name][1:] for name, _ in known}
-        none = jnp.zeros(window["grad"].shape[1], bool)
-        timesteps = (scalars, before, after, window["grad"])
-        (last, strays), run = jax.lax.scan(one_step, (state, none), timesteps)
-        return last, run, strays
+        ops = operations_of(formulation, zero, flushes=step.flushes)
+        x = {name: ops.decode(at(name, k), fmt) for name, fmt in known}
+        recorded = {name: ops.decode(at(name, k + 1), fmt) for name, fmt in known}
+        x["grad"] = ops.decode(at("grad", k), grad)
+        for name, patterns in zip(hidden, state, strict=True):
+            x[name] = ops.decode(patterns, step.format_of(name))
+        found = advance(step, hidden, ops, s, x | {"tail": tail}, recorded)
+        if isinstance(ops, Float32Operations):
+            for value in (*x.values(), *recorded.values(), *found.values()):
+                ops.watch(value)
+            strays |= ops.strays
+        return tuple(ops.encode(found[name], step.format_of(name)) for name in hidden), strays
 
     return compile_exactly(whole, device)

@@ -17,7 +17,7 @@ from jaxaudit import conformance, free_running, replay
 _CACHES = (
     replay._flags_program,
     replay._results_program,
-    free_running._free_run_program,
+    free_running._step_program,
     conformance.inexact_operations,
 )
 
