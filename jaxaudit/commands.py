@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import errno
 import functools
@@ -26,6 +25,7 @@ from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.devices import BackendError, find_devices
 from jaxaudit.ledger import figures as ledger_figures
 from jaxaudit.ledger.subject import LedgerOptions
+from jaxaudit.process import keep_freed_memory, keep_programs
 from jaxaudit.recording import (
     Recording,
     TokenGroups,
@@ -96,6 +96,7 @@ def run_audit(
         )
         wanted, ledger = _wanted_arithmetics(request), _wanted_ledger(request)
         keep_freed_memory()
+        keep_programs()
         find_devices(request.backend, request.devices)  # before any file is opened
         with _open(request) as recording:
             groups = _groups(request, recording)
@@ -143,21 +144,6 @@ def failures() -> Iterator[None]:
             "out of memory on the device; the recording's rows are too large. Try --backend cpu.",
             BAD_INPUT,
         ) from error
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to give freed arrays back to the system between blocks.
-
-    The arrays of each window or block would be mapped anew, page by page: a third to a half of the time.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        limit = ctypes.CDLL(None).mallopt
-        limit(_TRIM_THRESHOLD, 1 << 30)
-        limit(_MMAP_THRESHOLD, 1 << 25)
-
-
-#: Parameters of mallopt, from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def _output_problem(error: OSError) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 # The suite runs on all cores at once; threads of torch that spin while they wait would fight over them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Programs are compiled anew: tests run side by side, and some tamper with what is compiled.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pytest
 

@@ -1,5 +1,6 @@
 """Backends that are there, and those that are not."""
 
+import os
 import subprocess
 import sys
 
@@ -27,3 +28,32 @@ def test_an_impossible_environment_is_one_message(platforms):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "not available (present: none). Check JAX_PLATFORMS" in done.stdout
+
+
+KEEP = """
+import jax, os, sys
+from jaxaudit.process import keep_programs
+keep_programs()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    "changes, kept",
+    [
+        ({}, "home/.cache/jaxaudit/programs-"),
+        ({"XDG_CACHE_HOME": "given"}, "given/jaxaudit/programs-"),
+        ({"JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "None"),
+    ],
+)
+def test_programs_are_kept_where_jax_is_not_told_otherwise(tmp_path, changes, kept):
+    environment = {k: v for k, v in os.environ.items() if "CACHE" not in k}
+    environment |= {"HOME": str(tmp_path / "home")}
+    environment |= {
+        k: v if "/" in v or v == "false" else str(tmp_path / v) for k, v in changes.items()
+    }
+    command = [sys.executable, "-c", KEEP]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert kept in found.stdout

@@ -17,7 +17,6 @@ from jaxaudit.commands import (
     Failure,
     check_outputs,
     failures,
-    keep_freed_memory,
     parse_steps,
     refuse_empty_names,
     write_together,
@@ -25,6 +24,7 @@ from jaxaudit.commands import (
 from jaxaudit.divergence import account, figures
 from jaxaudit.divergence.audits import compare_results
 from jaxaudit.divergence.runs import Progress, compare
+from jaxaudit.process import keep_freed_memory
 from jaxaudit.recording import open_recording, open_token_groups
 from jaxaudit.safetensors_file import FileError, printable
 

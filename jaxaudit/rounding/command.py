@@ -19,11 +19,11 @@ from jaxaudit.commands import (
     Failure,
     check_outputs,
     failures,
-    keep_freed_memory,
     refuse_empty_names,
     write_together,
 )
 from jaxaudit.devices import find_device
+from jaxaudit.process import keep_freed_memory
 from jaxaudit.rounding import certificate, figures, tables
 from jaxaudit.safetensors_file import printable
 
