@@ -26,8 +26,8 @@ from jaxaudit.safetensors_file import FileError
 from jaxaudit.steps import STAGES
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
-#: Told after each window: bytes of the recording done, and bytes in all.
-Progress = Callable[[int, int], None]
+#: Told at the start and after each window: bytes of the recording done, bytes in all, and the last timestep done.
+Progress = Callable[[int, int, int], None]
 
 _USUAL = LedgerOptions()
 
@@ -223,7 +223,9 @@ def _read(
     if bench.steps[0] > 1 and accountant.needs_run_up:
         for window in bench.windows((1, bench.steps[0])):
             accountant.run_up(window)
-    done, total = 0, bench.bytes(bench.steps)
+    done, total = 0, bench.bytes(bench.steps[1] - bench.steps[0], bench.recording.tokens)
+    tell = request.progress or (lambda done, total, timestep: None)
+    tell(done, total, bench.steps[0] - 1)
     for window, arrays in _one_ahead(bench, accountant):
         members = members_within(groups, window.rows)
         if book:
@@ -231,9 +233,8 @@ def _read(
         accountant.account(window, arrays, members)
         if book:
             book.finish()  # what it counts on the host goes on beside the accounting
-        done += sum(array.nbytes for array in window.tensors.values())
-        if request.progress:
-            request.progress(min(done, total), total)
+        done += bench.bytes(window.steps, window.rows[1] - window.rows[0])
+        tell(done, total, window.range[1] - 1)
 
 
 def _one_ahead(

@@ -82,9 +82,7 @@ class AuditRequest:
     quiet: bool = False
 
 
-def run_audit(
-    request: AuditRequest, progress: Callable[[int, int], None] | None = None
-) -> tuple[int, str]:
+def run_audit(request: AuditRequest, progress: auditing.Progress | None = None) -> tuple[int, str]:
     """Audit, write the files asked for, and return the exit status and what goes to stdout.
 
     Raises:

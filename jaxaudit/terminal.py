@@ -74,8 +74,10 @@ def replace_closed_streams() -> None:
 
 def progress_bar(
     what: str, unit: str, *, quiet: bool
-) -> tuple[Callable[[int, int], None] | None, Callable[[], None]]:
+) -> tuple[Callable[..., None] | None, Callable[[], None]]:
     """Return a function that shows units done on a terminal, and one that ends the display.
+
+    The function takes the units done, the units in all, and, where steps are counted as well, the last one done.
 
     Args:
         what: what is being done.
@@ -88,10 +90,12 @@ def progress_bar(
 
     bar: Any = None
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, timestep: int | None = None) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=total, unit=unit, unit_scale=True, desc=what, leave=False)
+        if timestep is not None:
+            bar.set_postfix_str(f"timestep {timestep:,}", refresh=False)
         bar.update(done - bar.n)
 
     return show, lambda: bar.close() if bar is not None else None

@@ -174,14 +174,10 @@ class Workbench:
         """Read windows of the bench's shape."""
         return self.recording.windows(steps, self.length, self.rows, self.names, WINDOWS_HELD)
 
-    def bytes(self, steps: tuple[int, int]) -> int:
-        """Bytes that `windows` hands out in all, short last windows counted whole."""
-        count = -(-(steps[1] - steps[0]) // self.length)
-        each = self.recording.step_elements
-        sizes = {name: self.recording.formats[name].bytes for name in self.names}
-        return count * sum(
-            each * size * (self.length + (name != "grad")) for name, size in sizes.items()
-        )
+    def bytes(self, steps: int, rows: int) -> int:
+        """Bytes that so many rows take in so many timesteps."""
+        each = sum(fmt.bytes for fmt in self.recording.formats.values())
+        return steps * rows * self.recording.width * each
 
     def put(self, window: Window) -> dict[str, jax.Array]:
         """Hand a window to the devices, flat: without a copy where that is one CPU."""

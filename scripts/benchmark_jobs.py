@@ -271,7 +271,9 @@ class Task:
             "arithmetics": names[0] if len(names) == 1 else names,
             "backend": self.given.backend,
             "window_steps": window_steps,
-            "progress": lambda done, total: ends.append(time.perf_counter() - start),
+            "progress": lambda done, total, timestep: (
+                ends.append(time.perf_counter() - start) if done else None
+            ),
         }
         if self.given.devices:
             options["devices"] = self.given.devices

@@ -532,12 +532,15 @@ def test_errors_name_what_is_wrong(recorded):
         audit(recorded, TokenGroups(3, {"all": np.arange(3)}))
 
 
-def test_progress_ends_at_the_whole(recorded):
+def test_progress_is_what_was_done(recorded):
     seen = []
-    note = lambda done, total: seen.append((done, total))  # noqa: E731
-    audit(recorded, progress=note, window_steps=4, arithmetics=USUAL)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert seen[-1][0] == seen[-1][1] and len(seen) == 3
+    audit(recorded, progress=lambda *told: seen.append(told), window_steps=4, arithmetics=USUAL)
+    with jaxaudit.open_recording(recorded) as recording:
+        whole = recording.bytes
+    step = whole // (STEPS + 1)
+    assert [timestep for *_, timestep in seen] == [0, 4, 8, STEPS]
+    assert [done for done, *_ in seen] == [step * timestep for *_, timestep in seen]
+    assert {total for _, total, _ in seen} == {step * STEPS}
 
 
 def test_the_audit_runs_without_torch(recorded, tmp_path):

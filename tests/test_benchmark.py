@@ -194,8 +194,8 @@ def test_the_accounting_goes_without_the_ledger(
 
     def audit_groups(recording: Any, groups: Any, *, progress: Any, **options: Any) -> None:
         asked.append(options)
-        for k in range(20):
-            progress(k, 20)
+        for k in range(21):
+            progress(k, 20, k)
 
     monkeypatch.setattr("jaxaudit.auditing.audit_groups", audit_groups)
     found = jobs.JOBS[job](jobs.Input(recording, backend="cpu"))
