@@ -727,21 +727,22 @@ def _check_layouts(layouts: Sequence[ParameterLayout], groups: int) -> None:
             raise ValueError(f"{layout.name!r} is of group {layout.group}, but there are {groups}.")
 
 
-def _make_folder(path: Path, overwrite: bool) -> bool:
-    """Make the folder, or clear it of an older recording; return whether it is a new one."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            path.mkdir()
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                errno.ENOENT,
-                f"the folder of {path} does not exist. Create it, or choose another path",
-            ) from None
-        return True
+def check_path(path: Path, overwrite: bool) -> None:
+    """Raise unless a model recording can be put at `path`.
+
+    Raises:
+        FileExistsError: something else than an empty folder is there, or a recording and `overwrite`
+            is false.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder of {path} does not exist. Create it, or choose another path"
+        )
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
     if not path.is_dir():
         raise FileExistsError(errno.EEXIST, f"{path} is a file. Choose another path")
-    if not any(path.iterdir()):
-        return False
     if not (path / INDEX).exists():
         raise FileExistsError(
             errno.EEXIST, f"{path} holds something else than a recording. Choose another path"
@@ -750,7 +751,16 @@ def _make_folder(path: Path, overwrite: bool) -> bool:
         raise FileExistsError(
             errno.EEXIST, f"{path} exists. Choose another path, or ask for it to be overwritten"
         )
-    _clear(path)
+
+
+def _make_folder(path: Path, overwrite: bool) -> bool:
+    """Make the folder, or clear it of an older recording; return whether it is a new one."""
+    check_path(path, overwrite)
+    if not path.exists():
+        path.mkdir()
+        return True
+    if (path / INDEX).exists():
+        _clear(path)
     return False
 
 
