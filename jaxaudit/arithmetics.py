@@ -495,6 +495,7 @@ _OPTAX_FORMS = {
     "over a tree": {
         "param": formulas.param_optax_over_trees,
         "max_exp_avg_sq": formulas.largest_optax_over_trees,
+        "storages": (BFLOAT16, FLOAT32),
     },
     "compiled": _OPTAX_COMPILED,
     "compiled, epsilon of zero": {
