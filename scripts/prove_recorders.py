@@ -61,7 +61,7 @@ def record_transformers(folder: Path, steps: int, *, autocast: bool) -> None:
     config = transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **special)
     model = transformers.GPT2LMHeadModel(config)
     if not autocast:
-        model.to(torch.bfloat16)
+        torch.nn.Module.to(model, torch.bfloat16)
     with tempfile.TemporaryDirectory() as output:
         arguments = transformers.TrainingArguments(
             output_dir=output,
@@ -105,7 +105,8 @@ def record_optax(folder: Path, steps: int, *, dtype: str = "float32") -> None:
         return jnp.mean((x @ params["head"]["kernel"] + params["head"]["bias"] - 1) ** 2)
 
     numbers = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-    adamw = jaxaudit.record_optax(optax.adamw(**numbers), folder, hyperparameters=numbers)
+    plain = optax.adamw(1e-2, weight_decay=0.1)
+    adamw = jaxaudit.record_optax(plain, folder, hyperparameters=numbers)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     gradient, state = jax.jit(jax.value_and_grad(loss_of)), optimizer.init(params)
     for _ in range(steps):

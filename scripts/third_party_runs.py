@@ -151,7 +151,9 @@ def take_optax(
         if not _has_moments(part):
             return part
         count = jnp.asarray(setting.earlier, part.count.dtype)
-        return part._replace(count=count, **{name: tree(array(ours)) for ours, name in names.items()})
+        return part._replace(
+            count=count, **{name: tree(array(ours)) for ours, name in names.items()}
+        )
 
     def step_of(rate: float) -> Any:
         make = _compiled_optax if compiled else _optax
@@ -169,9 +171,7 @@ def take_optax(
     def step(gradient: NDArray[np.float32], rate: float) -> None:
         narrow = encode(gradient, setting.storage).view(setting.storage.value_dtype)
         advance = step_of(rate)[1]
-        now["param"], now["state"] = advance(
-            now["param"], now["state"], tree(jnp.asarray(narrow))
-        )
+        now["param"], now["state"] = advance(now["param"], now["state"], tree(jnp.asarray(narrow)))
 
     with jax.default_device(jax.devices("cpu")[0]):
         weights = tree(array("param"))

@@ -1,5 +1,6 @@
 """Whole-model recordings: the folder, its crashes, and the recorder that hooks torch's optimizers."""
 
+import hashlib
 import json
 import os
 import resource
@@ -64,14 +65,10 @@ def assert_holds(folder: Path, timesteps: int, count: int = 2) -> None:
         ("transformer.wte.weight", "transformer.wte.weight"),
         (".a/b é", "%2Ea%2Fb%20%C3%A9"),
         ("..", "%2E."),
-        ("x" * 181, "x" * 150 + "~" + "ebf2da27ac4372db"),
+        ("x" * 181, "x" * 150 + "~" + hashlib.sha256(b"x" * 181).hexdigest()[:16]),
     ],
 )
 def test_encoded_names(name, expected):
-    import hashlib
-
-    if len(name) > 180:
-        expected = "x" * 150 + "~" + hashlib.sha256(name.encode()).hexdigest()[:16]
     assert encoded_name(name) == expected
 
 
@@ -262,7 +259,9 @@ def test_clipping_schedules_and_groups(tmp_path):
         with jaxaudit.open_recording(path) as recording:
             given = recording.hyperparameters
             assert given is not None and given.weight_decay == decay
-            np.testing.assert_array_equal(given.learning_rate, [rate * (1 / (1 + t)) for t in range(6)])
+            np.testing.assert_array_equal(
+                given.learning_rate, [rate * (1 / (1 + t)) for t in range(6)]
+            )
             assert recording.losses is not None and np.isfinite(recording.losses).all()
 
 
@@ -479,7 +478,7 @@ def test_killed_trainer_loses_the_step_in_flight_at_most(tmp_path):
         "    sys.stdout.write(f'{t + 1}\\n'); sys.stdout.flush()\n"
     )
     rng = np.random.default_rng(0)
-    for number in range(3):
+    for number in range(2):
         folder = tmp_path / str(number)
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(folder)],

@@ -524,7 +524,9 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or line.get("timestep") != number:
             if number == len(data) - 2:
                 break
-            raise FileError(f"{folder}/{STEPS}: line {number + 1} is not that of timestep {number}.")
+            raise FileError(
+                f"{folder}/{STEPS}: line {number + 1} is not that of timestep {number}."
+            )
         lines.append(line)
     return lines
 
@@ -539,11 +541,15 @@ def _finish(folder: Path) -> int:
         for layout in layouts:
             growing = folder / f"{layout.file}.growing"
             recording = folder / f"{layout.file}.safetensors"
-            if not recording.exists():  # else finished before an interruption: renamed when complete
+            if (
+                not recording.exists()
+            ):  # else finished before an interruption: renamed when complete
                 _assemble(growing, recording, layout, run, index)
             growing.unlink(missing_ok=True)
         for abandoned in glob.glob(".*.tmp", root_dir=folder):
-            if abandoned.startswith((f".{INDEX}.", f".{STEPS}.", *(f".{x.file}.safetensors." for x in layouts))):
+            if abandoned.startswith(
+                (f".{INDEX}.", f".{STEPS}.", *(f".{x.file}.safetensors." for x in layouts))
+            ):
                 (folder / abandoned).unlink(missing_ok=True)
         timesteps = run.timesteps
         index["metadata"] |= {} if timesteps is None else {"timesteps": json.dumps(timesteps)}
@@ -663,7 +669,7 @@ def _reorder(
 
 
 def _read_into(file: BinaryIO, offset: int, buffer: np.ndarray) -> None:
-    data = memoryview(buffer.reshape(-1))
+    data = buffer.reshape(-1).data
     file.seek(offset)
     while data:
         count = cast(Any, file).readinto(data)
@@ -715,7 +721,9 @@ def _check_layouts(layouts: Sequence[ParameterLayout], groups: int) -> None:
     if not layouts:
         raise ValueError("there is no parameter to record.")
     names = [layout.name for layout in layouts]
-    repeated = {name for name in names if names.count(name) > 1} if len({*names}) < len(names) else ()
+    repeated = (
+        {name for name in names if names.count(name) > 1} if len({*names}) < len(names) else ()
+    )
     if repeated:
         raise ValueError(f"{sorted(repeated)[0]!r} names more than one parameter.")
     for layout in layouts:
@@ -777,7 +785,9 @@ def _clear(path: Path) -> None:
 
 def remove_recording(path: Path, layouts: Iterable[ParameterLayout]) -> None:
     """Remove the files of a model recording, and leave all others."""
-    names = [f"{layout.file}{suffix}" for layout in layouts for suffix in (".growing", ".safetensors")]
+    names = [
+        f"{layout.file}{suffix}" for layout in layouts for suffix in (".growing", ".safetensors")
+    ]
     for name in [*names, STEPS, INDEX]:
         with contextlib.suppress(FileNotFoundError):
             (path / name).unlink()

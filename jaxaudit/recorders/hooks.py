@@ -284,7 +284,7 @@ class OptimizerRecorder:
             if closure is not None:
                 watched = self._watching(closure)
                 named = {**kwargs, "closure": watched} if "closure" in kwargs else kwargs
-                return (args if "closure" in kwargs else (args[0], watched, *args[2:])), named
+                return (args if "closure" in kwargs else (*args[:1], watched, *args[2:])), named
         return None
 
     def _watching(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -496,10 +496,14 @@ def _choose(
         chosen = {}
         for given in parameters:
             name = of_tensor.get(id(given)) if isinstance(given, torch.Tensor) else given
-            if name not in names:
+            if name is None or name not in names:
                 raise ValueError(
                     "the optimizer holds no "
-                    + (f"{given!r}" if isinstance(given, str) else "such tensor as one of those given")
+                    + (
+                        f"{given!r}"
+                        if isinstance(given, str)
+                        else "such tensor as one of those given"
+                    )
                     + f"; it holds {_some(names)}."
                 )
             chosen[name] = names[name]
@@ -579,5 +583,3 @@ def _step_counts(states: Sequence[Mapping[str, Any]]) -> list[int]:
     if len(devices) == len(counts) and counts:
         return [int(x) for x in torch.stack(devices).tolist()]
     return [int(count) for count in counts]
-
-

@@ -268,6 +268,7 @@ def probe_vector() -> np.ndarray:
 
 
 def check_parameter(parameter: torch.Tensor) -> None:
+    """Raise unless a recording can hold the parameter."""
     if parameter.dtype not in DTYPES or parameter.layout is not torch.strided:
         raise TypeError(
             f"the parameter is {parameter.dtype} with layout {parameter.layout}, but a recording "
@@ -314,6 +315,7 @@ def row_index(rows: Sequence[int] | None, parameter: torch.Tensor) -> torch.Tens
 
 
 def step_count(state: dict[str, Any]) -> int:
+    """Return how many steps Adam has counted in a parameter's state."""
     return int(state["step"]) if "step" in state else 0
 
 
@@ -333,6 +335,7 @@ def _checked_gradient(parameter: torch.Tensor, timestep: int) -> torch.Tensor:
 
 
 def number_of(loss: float | torch.Tensor | None) -> float:
+    """Return a loss as a number; NaN where there is none."""
     if isinstance(loss, torch.Tensor):
         loss = loss.detach()
     return float("nan") if loss is None else float(loss)

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.experimental import io_callback
 
 from jaxaudit.recorders.folders import FolderWriter, ParameterLayout, check_path
@@ -66,7 +67,8 @@ def record_optax(
     `jax.experimental.io_callback` with `ordered=True`, which keeps the updates in their order, and
     which JAX neither drops nor repeats; JAX has it on one device, and not under `vmap`. The moments
     are outputs of the jitted step either way, but what XLA fuses can change with them: a recording
-    shows the bits of the run that was recorded.
+    shows the bits of the run that was recorded. What cannot be recorded raises from the update, or from
+    a jitted step as jax.errors.JaxRuntimeError with the same message.
 
     Args:
         transformation: holds exactly one state of `optax.scale_by_adam` or `scale_by_amsgrad`.
@@ -125,8 +127,11 @@ class RecordedTransformation(optax.GradientTransformationExtraArgs):
             payload = _payload(updates, params, after, given, session.pattern)
             if "value" in extra and extra["value"] is not None:
                 payload["loss"] = jnp.asarray(extra["value"])
-            session.compiled |= isinstance(payload["count"], jax.core.Tracer)
-            io_callback(session.receive, None, payload, ordered=True)
+            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(payload)):
+                session.compiled = True
+                io_callback(session.receive, None, payload, ordered=True)
+            else:
+                session.receive(payload)
             return changes, after
 
         self = super().__new__(cls, inner.init, cast(Any, update))
@@ -201,7 +206,7 @@ class _Session:
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.path} is closed; wrap the optimizer anew to record more.")
-            payload = jax.tree.map(lambda x: np.array(x, copy=True), dict(payload))
+            payload = cast(dict, jax.tree.map(lambda x: np.array(x, copy=True), dict(payload)))
             # Numbers stay Python's doubles; JAX would have made them float32.
             payload["hyperparameters"] = self.numbers | {
                 name: float(value) for name, value in payload["hyperparameters"].items()
@@ -258,7 +263,9 @@ class _Session:
             self._append(params, None, pending["moments"])
             return
         loss = float(pending["loss"]) if "loss" in pending else None
-        self._append(params, pending["grads"], pending["moments"], [pending["hyperparameters"]], loss)
+        self._append(
+            params, pending["grads"], pending["moments"], [pending["hyperparameters"]], loss
+        )
 
     def _append(
         self,
@@ -294,7 +301,9 @@ class _Session:
                 leaves = _by_name(params)
                 missing = [name for name in self._names if name not in leaves]
                 if missing:
-                    raise ValueError(f"`params` has no {missing[0]!r}; pass those of the last update.")
+                    raise ValueError(
+                        f"`params` has no {missing[0]!r}; pass those of the last update."
+                    )
                 self._complete({name: np.asarray(leaves[name]) for name in self._names})
             self._closed, self._pending = True, None
             atexit.unregister(self._close_at_exit)
@@ -386,9 +395,13 @@ def _chosen(
         names = list(pattern)
         missing = [name for name in names if name not in held]
         if missing:
-            raise ValueError(f"no parameter is called {missing[0]!r}; there are {', '.join(held[:9])}.")
+            raise ValueError(
+                f"no parameter is called {missing[0]!r}; there are {', '.join(held[:9])}."
+            )
     if not names:
-        raise ValueError(f"`parameters` chooses nothing of {', '.join(held[:9]) or 'no parameter'}.")
+        raise ValueError(
+            f"`parameters` chooses nothing of {', '.join(held[:9]) or 'no parameter'}."
+        )
     return names
 
 
@@ -420,7 +433,9 @@ def _layout(name: str, payload: Mapping[str, Any], first_step: int) -> Parameter
             )
     return ParameterLayout(
         name=name,
-        tensors={k: RowLayout(_DTYPE_NAMES[x.dtype.name], shape or (1,)) for k, x in tensors.items()},
+        tensors={
+            k: RowLayout(_DTYPE_NAMES[x.dtype.name], shape or (1,)) for k, x in tensors.items()
+        },
         shape=shape,
         first_step=first_step,
     )

@@ -409,6 +409,7 @@ def run_metadata() -> dict[str, str]:
 
 
 def check_strings(metadata: Mapping[str, str]) -> None:
+    """Raise TypeError unless all metadata are strings."""
     for name, value in metadata.items():
         if not (isinstance(name, str) and isinstance(value, str)):
             raise TypeError(
@@ -435,14 +436,17 @@ def padded(header: bytes, start: int) -> bytes:
 
 
 def file_order(layout: RowLayout) -> tuple[int, int]:
+    """Return a key that sorts wide formats first, then large tensors."""
     return -_ITEM_BYTES[layout.dtype], -layout.nbytes
 
 
 def aligned(size: int) -> int:
+    """Round a size up to where tensor data may start."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def dtype_of(name: str, array: np.ndarray) -> str:
+    """Return the safetensors dtype of an array; ValueError where the format has none."""
     for dtype, numpy_name in DTYPES.items():
         if array.dtype.name == numpy_name:
             return dtype
@@ -452,10 +456,12 @@ def dtype_of(name: str, array: np.ndarray) -> str:
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
+    """Return the bytes of an array, without a copy where it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+    """Write all of `data` at an offset."""
     file.seek(offset)
     while data:
         data = data[file.write(data) :]
