@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         original(*given)
         in_hooks.append(time.perf_counter() - start)
 
-    OptimizerRecorder._after = timed
+    OptimizerRecorder._after = timed  # pyright: ignore[reportAttributeAccessIssue]
     train()
     before, plain, recorded, closing = peak(), [], [], []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
