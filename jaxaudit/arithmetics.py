@@ -491,6 +491,12 @@ _OPTAX_COMPILED = {
 }
 _OPTAX_FORMS = {
     "": {},
+    # A bias correction that several arrays of a tree share is a divisor, not a factor.
+    "over a tree": {
+        "param": formulas.param_optax_over_trees,
+        "max_exp_avg_sq": formulas.largest_optax_over_trees,
+        "storages": (BFLOAT16, FLOAT32),
+    },
     "compiled": _OPTAX_COMPILED,
     "compiled, epsilon of zero": {
         "param": formulas.param_optax_without_epsilon,

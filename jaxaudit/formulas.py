@@ -4,11 +4,16 @@ Names of scalars (`k.s`): see `scalars`. What a formula returns is rounded once 
 the tensor is kept; `k.rounded` is the rounding after each operator, where an implementation has one.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxaudit.floats import FLOAT16, FLOAT32, Format
 from jaxaudit.operations import Value
 from jaxaudit.steps import Kernel
+
+#: Corrects a moment, of a number, for its bias.
+Correction = Callable[[Kernel, Value, int], Value]
 
 # Gradients, with L2 decay where it is on.
 
@@ -384,7 +389,8 @@ def param_torchao(k: Kernel) -> Value:
     return ops.subtract(weight, change)
 
 
-# optax: every operator rounds; a division by a scalar is a multiplication by its reciprocal.
+# optax: every operator rounds; XLA turns the division by a bias correction into a multiplication by its reciprocal,
+# unless several arrays of a tree are divided by it.
 
 
 def gradient_optax(k: Kernel) -> Value:
@@ -415,22 +421,38 @@ def exp_avg_sq_optax(k: Kernel) -> Value:
 
 def largest_optax(k: Kernel) -> Value:
     """The largest second moment, bias-corrected, so far (`optax.amsgrad`)."""
-    larger = _maximum(k, k.x["max_exp_avg_sq"], _corrected_optax(k))
+    return _largest_optax(k, _by_reciprocals)
+
+
+def largest_optax_over_trees(k: Kernel) -> Value:
+    """As `largest_optax`, with the division."""
+    return _largest_optax(k, _by_divisions)
+
+
+def _largest_optax(k: Kernel, correct: Correction) -> Value:
+    larger = _maximum(k, k.x["max_exp_avg_sq"], _corrected_optax(k, correct))
     # The product takes a subnormal number for zero where XLA does.
     return k.ops.multiply(larger, np.float32(1))
 
 
-def _corrected_optax(k: Kernel) -> Value:
+def _by_reciprocals(k: Kernel, moment: Value, number: int) -> Value:
+    return k.ops.multiply(moment, k.s[f"reciprocal_bias_correction{number}"])
+
+
+def _by_divisions(k: Kernel, moment: Value, number: int) -> Value:
+    return k.ops.divide(moment, k.s[f"bias_correction{number}"])
+
+
+def _corrected_optax(k: Kernel, correct: Correction) -> Value:
     second = k.new_exp_avg_sq()
     if not k.step.reads_stored:  # of the moments, only the first has a format of its own
         second = k.ops.round_to(second, k.step.exp_avg_sq_format)
-    corrected = k.ops.multiply(second, k.s["reciprocal_bias_correction2"])
-    return k.rounded(corrected, "the corrected exp_avg_sq")
+    return k.rounded(correct(k, second, 2), "the corrected exp_avg_sq")
 
 
-def _root_optax(k: Kernel) -> Value:
+def _root_optax(k: Kernel, correct: Correction) -> Value:
     # optax adds an `eps_root` of 0 first, which could change -0 only: no second moment is that.
-    second = k.new_second_moment() if k.step.amsgrad else _corrected_optax(k)
+    second = k.new_second_moment() if k.step.amsgrad else _corrected_optax(k, correct)
     return k.ops.sqrt(second)
 
 
@@ -441,10 +463,18 @@ def _update_format(k: Kernel) -> Format:
 
 def param_optax(k: Kernel) -> Value:
     """Compute p + -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay*p)."""
+    return _param_optax(k, _by_reciprocals)
+
+
+def param_optax_over_trees(k: Kernel) -> Value:
+    """As `param_optax`, with m_hat and v_hat by division."""
+    return _param_optax(k, _by_divisions)
+
+
+def _param_optax(k: Kernel, correct: Correction) -> Value:
     ops, fmt = k.ops, _update_format(k)
-    first = ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
-    first = k.rounded(first, "the corrected exp_avg", fmt)
-    root = k.rounded(_root_optax(k), "sqrt(exp_avg_sq)")
+    first = k.rounded(correct(k, k.new_exp_avg(), 1), "the corrected exp_avg", fmt)
+    root = k.rounded(_root_optax(k, correct), "sqrt(exp_avg_sq)")
     divisor = k.rounded(ops.add(root, k.s["epsilon"]), "the denominator")
     update = k.rounded(ops.divide(first, divisor), "the quotient", fmt)
     return _weight_optax(k, update)
@@ -483,7 +513,7 @@ def exp_avg_sq_optax_compiled(k: Kernel) -> Value:
 def param_optax_compiled(k: Kernel) -> Value:
     """As `param_optax` with both last sums fused: fma(weight_decay, p, u), then fma(-lr, u, p)."""
     ops, s = k.ops, k.s
-    first, root = ops.multiply(k.new_exp_avg(), s["reciprocal_bias_correction1"]), _root_optax(k)
+    first, root = _by_reciprocals(k, k.new_exp_avg(), 1), _root_optax(k, _by_reciprocals)
     divisor = ops.add(k.rounded(root, "sqrt(exp_avg_sq)"), s["epsilon"])
     divisor = _rounded_within(k, divisor, "the denominator")
     update = ops.divide(first, divisor)
@@ -497,9 +527,8 @@ def param_optax_compiled(k: Kernel) -> Value:
 
 def param_optax_without_epsilon(k: Kernel) -> Value:
     """As `param_optax` in a compiled step: with an epsilon of 0, m_hat / sqrt(v_hat) is m_hat * (1/sqrt(v_hat))."""
-    first = k.ops.multiply(k.new_exp_avg(), k.s["reciprocal_bias_correction1"])
-    first = k.rounded(first, "the corrected exp_avg")
-    return _weight_optax(k, _by_reciprocal(k, first, _root_optax(k)))
+    first = k.rounded(_by_reciprocals(k, k.new_exp_avg(), 1), "the corrected exp_avg")
+    return _weight_optax(k, _by_reciprocal(k, first, _root_optax(k, _by_reciprocals)))
 
 
 def _by_reciprocal(k: Kernel, first: Value, root: Value) -> Value:

@@ -426,6 +426,8 @@ def optax(moment: Moment) -> dict[str, float]:
         "l2": float(rounded(given.weight_decay, storage)),
         "epsilon": float(rounded(given.epsilon, storage)),
         "minus_rate": float(rounded(-moment.rate, update)),
+        "bias_correction1": float(rounded(float(correction1), update)),
+        "bias_correction2": float(rounded(float(correction2), storage)),
         "reciprocal_bias_correction1": _reciprocal(float(correction1), update, single),
         "reciprocal_bias_correction2": _reciprocal(float(correction2), storage, single),
     }

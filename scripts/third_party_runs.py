@@ -109,6 +109,7 @@ def take_optax(
     first: Format | None = None,
     compiled: bool = False,
     without_epsilon: bool = False,
+    over_tree: bool = False,
 ) -> Run:
     """Take the steps of a setting with optax.
 
@@ -118,6 +119,7 @@ def take_optax(
         compiled: the whole step is one program of `jax.jit`; numbers and options are those of `PROGRAMS`, and
             all steps have the learning rate of `RATE`.
         without_epsilon: it is one that rounds to zero in the format of the weights.
+        over_tree: the weights are a tree of two arrays, the same twice.
     """
     if compiled:
         setting = _with_program(setting)
@@ -139,6 +141,9 @@ def take_optax(
         fmt = formats[name]
         return jnp.asarray(encode(setting.values[name], fmt).view(fmt.value_dtype))
 
+    def tree(leaf: jax.Array) -> Any:
+        return [leaf, leaf] if over_tree else leaf
+
     def moments(state: Any) -> Any:
         return next(x for x in jax.tree.leaves(state, is_leaf=_has_moments) if _has_moments(x))
 
@@ -146,7 +151,9 @@ def take_optax(
         if not _has_moments(part):
             return part
         count = jnp.asarray(setting.earlier, part.count.dtype)
-        return part._replace(count=count, **{name: array(ours) for ours, name in names.items()})
+        return part._replace(
+            count=count, **{name: tree(array(ours)) for ours, name in names.items()}
+        )
 
     def step_of(rate: float) -> Any:
         make = _compiled_optax if compiled else _optax
@@ -157,16 +164,17 @@ def take_optax(
         tensors = {ours: getattr(held, name) for ours, name in names.items()}
         tensors["param"] = now["param"]
         return {
-            name: np.asarray(x).view(formats[name].pattern_dtype) for name, x in tensors.items()
+            name: np.asarray(jax.tree.leaves(x)[0]).view(formats[name].pattern_dtype)
+            for name, x in tensors.items()
         }
 
     def step(gradient: NDArray[np.float32], rate: float) -> None:
         narrow = encode(gradient, setting.storage).view(setting.storage.value_dtype)
         advance = step_of(rate)[1]
-        now["param"], now["state"] = advance(now["param"], now["state"], jnp.asarray(narrow))
+        now["param"], now["state"] = advance(now["param"], now["state"], tree(jnp.asarray(narrow)))
 
     with jax.default_device(jax.devices("cpu")[0]):
-        weights = array("param")
+        weights = tree(array("param"))
         empty = step_of(float(given.learning_rate[0]))[0](weights)
         now = {"param": weights, "state": jax.tree.map(started, empty, is_leaf=_has_moments)}
         return _take(setting, formats, patterns, step)
@@ -419,7 +427,11 @@ def _always(fmt: Format) -> bool:
 
 
 def _optax_maker(
-    *parts: str, first: Format | None = None, compiled: bool = False, without_epsilon: bool = False
+    *parts: str,
+    first: Format | None = None,
+    compiled: bool = False,
+    without_epsilon: bool = False,
+    over_tree: bool = False,
 ) -> Maker:
     """Tell how optax is run, and which variant it is.
 
@@ -428,6 +440,7 @@ def _optax_maker(
         first: format of the first moment.
         compiled: as one program.
         without_epsilon: it is zero.
+        over_tree: the weights are a tree of two arrays.
     """
 
     def arithmetic(fmt: Format) -> Arithmetic | None:
@@ -436,7 +449,7 @@ def _optax_maker(
             return None
         if compiled and (fmt is FLOAT32 or first):
             called |= {"compiled"}
-        if without_epsilon and fmt is FLOAT32:
+        if (without_epsilon and fmt is FLOAT32) or (over_tree and fmt is FLOAT16):
             return None
         if without_epsilon and fmt is FLOAT16:
             # In bfloat16 it is like any other epsilon.
@@ -445,6 +458,7 @@ def _optax_maker(
         return torch_runs.variant("optax", fmt, *called) if torch_runs.fuses() else None
 
     how = {"first": first, "compiled": compiled, "without_epsilon": without_epsilon}
+    how["over_tree"] = over_tree
     return Maker(functools.partial(take_optax, **how), arithmetic)
 
 
@@ -467,6 +481,7 @@ _NARROW, _WIDE = "first moment in bfloat16", "first moment in float32"
 
 _OPTAX = {
     "optax": _optax_maker(),
+    "optax over a tree": _optax_maker("over a tree", over_tree=True),
     f"optax, {_NARROW}": _optax_maker(_NARROW, first=BFLOAT16),
     # A moment of more bits than the weights is no other variant.
     f"optax, {_WIDE}": _optax_maker(first=FLOAT32),

@@ -154,7 +154,7 @@ def test_torn_timestep_is_cut_off(tmp_path, monkeypatch, goes_on):
     writer = RecordingWriter(path, layouts_of())
     for row in rows[:3]:
         writer.append(row)
-    write, calls = writing._write_at, []
+    write, calls = writing.write_at, []
 
     def torn(*arguments: Any) -> None:
         calls.append(arguments)
@@ -163,7 +163,7 @@ def test_torn_timestep_is_cut_off(tmp_path, monkeypatch, goes_on):
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_write_at", torn)
+        patch.setattr(writing, "write_at", torn)
         with pytest.raises(KeyboardInterrupt):
             writer.append(rows_of(1, (3, 2))[0])
     for row in rows[3:] if goes_on else []:
@@ -172,7 +172,7 @@ def test_torn_timestep_is_cut_off(tmp_path, monkeypatch, goes_on):
     assert_holds(path, rows if goes_on else rows[:3])
 
 
-@pytest.mark.parametrize("call", ["_copy", "_write_at", "_sync_folder"])
+@pytest.mark.parametrize("call", ["copy_bytes", "write_at", "sync_folder"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("room", [64, 4096], ids=["small header", "large header"])
 def test_interruption_of_close_waits_for_the_file(tmp_path, monkeypatch, call, when, room):
@@ -203,7 +203,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     writer = RecordingWriter(tmp_path / "run.safetensors", layouts_of())
     writer.append(rows_of(1)[0])
-    monkeypatch.setattr(writing, "_write_at", full)
+    monkeypatch.setattr(writing, "write_at", full)
     with pytest.raises(OSError, match="No space left on device after 1 timesteps of 36 bytes"):
         writer.append(rows_of(1)[0])
     assert writer.closed and os.listdir(tmp_path) == []
@@ -246,7 +246,7 @@ def test_disk_that_fills_up_at_close_leaves_nothing(tmp_path, monkeypatch, room)
     writer = RecordingWriter(tmp_path / "run.safetensors", layouts_of(), header_bytes=room)
     for row in rows_of(2):
         writer.append(row)
-    monkeypatch.setattr(writing, "_copy", full)
+    monkeypatch.setattr(writing, "copy_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         writer.close()
     assert os.listdir(tmp_path) == []

@@ -14,9 +14,7 @@ Example:
 """
 
 import atexit
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from jaxaudit.recorders.writing import RecordingWriter, RowLayout
+from jaxaudit.recorders.writing import RecordingWriter, RowLayout, run_metadata
 
 #: Storage formats that a recording can hold, by torch dtype.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -77,17 +75,17 @@ class Recorder:
             TypeError: the optimizer is no Adam, or the parameter's dtype or layout is not held.
             ValueError: the optimizer does not hold the parameter, or `rows` do not fit it.
         """
-        _check_parameter(parameter)
+        check_parameter(parameter)
         self._parameter = parameter
         self._optimizer = optimizer
         self._group = _group_of(parameter, optimizer)
-        self._rows = _row_index(rows, parameter)
+        self._rows = row_index(rows, parameter)
         self._widen = _check_moments(moments) == "float32"
         self._keys = MOMENTS | (AMSGRAD_MOMENT if self._group["amsgrad"] else {})
-        self._first_step = _step_count(self._state()) + 1
+        self._first_step = step_count(self._state()) + 1
         self._losses: list[float] = []
         self._learning_rates: list[float] = []
-        self._constants = _constants(self._group)
+        self._constants = constants_of(self._group)
         initial = self._initial_tensors()
         layouts = {name: RowLayout(DTYPES[x.dtype], tuple(x.shape)) for name, x in initial.items()}
         self._writer = RecordingWriter(
@@ -98,7 +96,7 @@ class Recorder:
         )
         self._process = os.getpid()
         atexit.register(self._close_at_exit)
-        self._writer.append({name: _bits(x) for name, x in initial.items()})
+        self._writer.append({name: bits_of(x) for name, x in initial.items()})
 
     @property
     def steps(self) -> int:
@@ -126,9 +124,9 @@ class Recorder:
         self._check_step(timestep)
         tensors = self._current_tensors()
         del self._losses[timestep - 1 :], self._learning_rates[timestep - 1 :]  # of a torn call
-        self._losses.append(_number(loss))
+        self._losses.append(number_of(loss))
         self._learning_rates.append(float(self._group["lr"]))
-        self._writer.append({name: _bits(x) for name, x in tensors.items()})
+        self._writer.append({name: bits_of(x) for name, x in tensors.items()})
 
     def close(self) -> None:
         """Finish the recording; a closed one stays as it is.
@@ -199,7 +197,7 @@ class Recorder:
 
     def _check_step(self, timestep: int) -> None:
         """Raise unless the optimizer took exactly one step since the last call."""
-        needed, taken = self._first_step + timestep - 1, _step_count(self._state())
+        needed, taken = self._first_step + timestep - 1, step_count(self._state())
         if self._writer.closed:
             raise ValueError(f"{self._writer.path} is closed; open a new Recorder to record more.")
         if taken != needed:
@@ -208,20 +206,17 @@ class Recorder:
                 f"{needed}. Call the recorder once after every optimizer.step(), and not where a "
                 "gradient scaler skipped the step."
             )
-        if _constants(self._group) != self._constants:
+        if constants_of(self._group) != self._constants:
             raise ValueError(
-                f"hyperparameters changed from {self._constants} to {_constants(self._group)} "
+                f"hyperparameters changed from {self._constants} to {constants_of(self._group)} "
                 f"at step {needed}, but a recording holds one value of each (the learning rate "
                 "alone may vary). Close this recording and open another one."
             )
 
     def _metadata(self, rows: Sequence[int] | None) -> dict[str, str]:
-        metadata = {"format": "jaxaudit recording 1", "created_at": _now(), **_version()}
-        # AdamW was a class of its own before it became Adam with this flag.
-        decoupled = isinstance(self._optimizer, torch.optim.AdamW)
-        decoupled = self._group.get("decoupled_weight_decay", decoupled)
-        metadata["optimizer"] = "adamw" if decoupled else "adam"
-        metadata |= _optimizer_metadata(self._group) | device_metadata(self._parameter.device)
+        metadata = {"format": "jaxaudit recording 1", **run_metadata()}
+        metadata |= optimizer_metadata(self._optimizer, self._group)
+        metadata |= device_metadata(self._parameter.device)
         metadata["parameter_shape"] = json.dumps(list(self._parameter.shape))
         metadata["first_step"] = json.dumps(self._first_step)
         if rows is not None:
@@ -272,7 +267,8 @@ def probe_vector() -> np.ndarray:
     return (0x3F800000 + 4096 * i + 1103 * i % 4096).astype(np.uint32).view(np.float32)
 
 
-def _check_parameter(parameter: torch.Tensor) -> None:
+def check_parameter(parameter: torch.Tensor) -> None:
+    """Raise unless a recording can hold the parameter."""
     if parameter.dtype not in DTYPES or parameter.layout is not torch.strided:
         raise TypeError(
             f"the parameter is {parameter.dtype} with layout {parameter.layout}, but a recording "
@@ -304,7 +300,7 @@ def _group_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict
     )
 
 
-def _row_index(rows: Sequence[int] | None, parameter: torch.Tensor) -> torch.Tensor | None:
+def row_index(rows: Sequence[int] | None, parameter: torch.Tensor) -> torch.Tensor | None:
     """Check the rows and return them as an index on the parameter's device, int64 (rows,)."""
     if rows is None:
         return None
@@ -318,7 +314,8 @@ def _row_index(rows: Sequence[int] | None, parameter: torch.Tensor) -> torch.Ten
     return torch.tensor(index, device=parameter.device)
 
 
-def _step_count(state: dict[str, Any]) -> int:
+def step_count(state: dict[str, Any]) -> int:
+    """Return how many steps Adam has counted in a parameter's state."""
     return int(state["step"]) if "step" in state else 0
 
 
@@ -337,19 +334,20 @@ def _checked_gradient(parameter: torch.Tensor, timestep: int) -> torch.Tensor:
     return gradient
 
 
-def _number(loss: float | torch.Tensor | None) -> float:
+def number_of(loss: float | torch.Tensor | None) -> float:
+    """Return a loss as a number; NaN where there is none."""
     if isinstance(loss, torch.Tensor):
         loss = loss.detach()
     return float("nan") if loss is None else float(loss)
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray:
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
     """Return the tensor's bits on the host, without a copy where it is there and contiguous."""
     tensor = tensor.cpu().contiguous()
     return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
-def _constants(group: dict[str, Any]) -> dict[str, float]:
+def constants_of(group: dict[str, Any]) -> dict[str, float]:
     """Return the hyperparameters that must not change during a recording, as doubles."""
     beta1, beta2 = group["betas"]
     values = {"beta1": beta1, "beta2": beta2, "epsilon": group["eps"]}
@@ -378,9 +376,12 @@ def _small_arrays(
     return arrays
 
 
-def _optimizer_metadata(group: dict[str, Any]) -> dict[str, str]:
-    """Return the options that decide which arithmetic the optimizer runs."""
+def optimizer_metadata(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, str]:
+    """Return the options that decide which arithmetic the optimizer runs for a group."""
+    # AdamW was a class of its own before it became Adam with this flag.
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     metadata = {
+        "optimizer": "adamw" if decoupled else "adam",
         "amsgrad": _json_bool(group["amsgrad"]),
         "maximize": _json_bool(group["maximize"]),
         "capturable": _json_bool(group.get("capturable", False)),
@@ -411,14 +412,3 @@ def _implementation(group: dict[str, Any]) -> str:
 
 def _json_bool(value: bool) -> str:
     return json.dumps(bool(value))
-
-
-def _version() -> dict[str, str]:
-    try:
-        return {"jaxaudit_version": importlib.metadata.version("jaxaudit")}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -7,8 +7,10 @@ files of the same folder, which vanish with the process. `RecordingWriter.close`
 """
 
 import contextlib
+import datetime
 import errno
 import glob
+import importlib.metadata
 import json
 import math
 import os
@@ -82,7 +84,7 @@ class RowLayout:
                 f"`{name}` got a timestep of shape {row.shape} and dtype {row.dtype}, but was "
                 f"opened with shape {self.shape} and {self.dtype} ({DTYPES[self.dtype]})."
             )
-        return _bytes_of(row)
+        return bytes_of(row)
 
 
 @dataclass
@@ -96,7 +98,7 @@ class _Stream:
 
     def write(self, timestep: int, data: memoryview) -> None:
         """Write one timestep where it belongs, over whatever a torn write left there."""
-        _write_at(self.file, self.start + timestep * self.layout.nbytes, data)
+        write_at(self.file, self.start + timestep * self.layout.nbytes, data)
 
 
 class RecordingWriter:
@@ -146,7 +148,7 @@ class RecordingWriter:
         """
         if not layouts:
             raise ValueError("`layouts` names no tensor; a recording needs at least `W`.")
-        _check_strings(metadata or {})
+        check_strings(metadata or {})
         self.path = Path(path)
         self.metadata = dict(metadata or {})
         self.small: dict[str, np.ndarray] = {}
@@ -154,11 +156,11 @@ class RecordingWriter:
         self._closed = False
         self._finished = False
         check_free(self.path, overwrite)
-        _remove_abandoned(self.path)
-        self._temporary, file = _open_temporary(self.path)
+        remove_abandoned(self.path)
+        self._temporary, file = open_temporary(self.path)
         self._streams: list[_Stream] = []
         try:
-            self._open_streams(layouts, file, _aligned(header_bytes))
+            self._open_streams(layouts, file, aligned(header_bytes))
         except BaseException:
             file.close()
             self.abort()
@@ -231,8 +233,8 @@ class RecordingWriter:
             )
         # What the caller may have got wrong comes first: it can be mended, and closed again.
         small = {**self.small, "num_steps": np.asarray(self.steps, np.int64)}
-        _check_strings(self.metadata)
-        header = _header(self._entries(small), self.metadata)
+        check_strings(self.metadata)
+        header = header_of(self._entries(small), self.metadata)
         try:
             self._assemble_twice_if_interrupted(small, header)
         finally:
@@ -280,7 +282,7 @@ class RecordingWriter:
     def _open_streams(self, layouts: Mapping[str, RowLayout], file: BinaryIO, start: int) -> None:
         """Open a stream for each tensor, the first of them in `file` from byte `start`."""
         # Wide formats first, which keeps all aligned; then the largest, as the first is not copied.
-        first, *others = sorted(layouts, key=lambda name: _file_order(layouts[name]))
+        first, *others = sorted(layouts, key=lambda name: file_order(layouts[name]))
         self._streams.append(_Stream(first, layouts[first], file, start))
         for name in others:
             part = tempfile.TemporaryFile(dir=self.path.parent, buffering=0)
@@ -302,19 +304,19 @@ class RecordingWriter:
     def _assemble(self, small: Mapping[str, np.ndarray], header: bytes) -> None:
         """Bring all tensors into the first one's file and give it its name; may be repeated."""
         if 8 + len(header) > self._streams[0].start:
-            self._move_first(_aligned(8 + len(header)))
+            self._move_first(aligned(8 + len(header)))
         first, *parts = self._streams
         end = first.start + self._timesteps * first.layout.nbytes
         for part in parts:
             if not part.file.closed:  # closed: copied before an interruption
-                _copy(part.file, 0, first.file, end, self._timesteps * part.layout.nbytes)
+                copy_bytes(part.file, 0, first.file, end, self._timesteps * part.layout.nbytes)
                 part.file.close()
             end += self._timesteps * part.layout.nbytes
         for array in small.values():
-            _write_at(first.file, end, _bytes_of(array))
+            write_at(first.file, end, bytes_of(array))
             end += array.nbytes
         first.file.truncate(end)  # a torn last timestep may reach beyond
-        _write_at(first.file, 0, memoryview(_padded(header, first.start)))
+        write_at(first.file, 0, memoryview(padded(header, first.start)))
         self._publish(first.file)
 
     def _entries(self, small: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -323,15 +325,15 @@ class RecordingWriter:
             stream.name: (stream.layout.dtype, (self._timesteps, *stream.layout.shape))
             for stream in self._streams
         }
-        return streamed | {name: (_dtype_of(name, x), x.shape) for name, x in small.items()}
+        return streamed | {name: (dtype_of(name, x), x.shape) for name, x in small.items()}
 
     def _move_first(self, start: int) -> None:
         """Copy the first tensor behind a larger header, into a new temporary file."""
         first = self._streams[0]
-        temporary, file = _open_temporary(self.path)
+        temporary, file = open_temporary(self.path)
         try:
             size = self._timesteps * first.layout.nbytes
-            _copy(first.file, first.start, file, start, size)
+            copy_bytes(first.file, first.start, file, start, size)
         except BaseException:
             file.close()
             temporary.unlink()
@@ -347,7 +349,7 @@ class RecordingWriter:
         os.replace(self._temporary, self.path)
         self._closed = self._finished = True
         file.close()
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
 
 def write_tensors(
@@ -372,18 +374,18 @@ def write_tensors(
     path = Path(path)
     check_free(path, overwrite)
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
-    header = _header({k: (_dtype_of(k, x), x.shape) for k, x in ordered.items()}, metadata or {})
-    temporary, file = _open_temporary(path)
+    header = header_of({k: (dtype_of(k, x), x.shape) for k, x in ordered.items()}, metadata or {})
+    temporary, file = open_temporary(path)
     try:
         with file:
-            _write_at(file, 0, memoryview(_padded(header, _aligned(8 + len(header)))))
+            write_at(file, 0, memoryview(padded(header, aligned(8 + len(header)))))
             for array in ordered.values():
-                _write_at(file, file.tell(), _bytes_of(array))
+                write_at(file, file.tell(), bytes_of(array))
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -398,7 +400,16 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _check_strings(metadata: Mapping[str, str]) -> None:
+def run_metadata() -> dict[str, str]:
+    """Say when a recording was begun, and with which version of this package."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return {"created_at": now, "jaxaudit_version": importlib.metadata.version("jaxaudit")}
+    return {"created_at": now}
+
+
+def check_strings(metadata: Mapping[str, str]) -> None:
+    """Raise TypeError unless all metadata are strings."""
     for name, value in metadata.items():
         if not (isinstance(name, str) and isinstance(value, str)):
             raise TypeError(
@@ -407,7 +418,7 @@ def _check_strings(metadata: Mapping[str, str]) -> None:
             )
 
 
-def _header(
+def header_of(
     entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
     """Return the JSON header of tensors that follow each other without gaps."""
@@ -419,20 +430,23 @@ def _header(
     return json.dumps(header, separators=(",", ":")).encode()
 
 
-def _padded(header: bytes, start: int) -> bytes:
+def padded(header: bytes, start: int) -> bytes:
     """Return length and header, padded with spaces so that data begins at byte `start`."""
     return (start - 8).to_bytes(8, "little") + header.ljust(start - 8)
 
 
-def _file_order(layout: RowLayout) -> tuple[int, int]:
+def file_order(layout: RowLayout) -> tuple[int, int]:
+    """Return a key that sorts wide formats first, then large tensors."""
     return -_ITEM_BYTES[layout.dtype], -layout.nbytes
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Round a size up to where tensor data may start."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _dtype_of(name: str, array: np.ndarray) -> str:
+def dtype_of(name: str, array: np.ndarray) -> str:
+    """Return the safetensors dtype of an array; ValueError where the format has none."""
     for dtype, numpy_name in DTYPES.items():
         if array.dtype.name == numpy_name:
             return dtype
@@ -441,17 +455,19 @@ def _dtype_of(name: str, array: np.ndarray) -> str:
     )
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
+    """Return the bytes of an array, without a copy where it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+def write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+    """Write all of `data` at an offset."""
     file.seek(offset)
     while data:
         data = data[file.write(data) :]
 
 
-def _copy(source: BinaryIO, begin: int, target: BinaryIO, offset: int, size: int) -> None:
+def copy_bytes(source: BinaryIO, begin: int, target: BinaryIO, offset: int, size: int) -> None:
     """Copy `size` bytes between files, inside the kernel where it can."""
     done = 0
     with contextlib.suppress(OSError, AttributeError):  # not on this system, or these file systems
@@ -468,19 +484,19 @@ def _copy(source: BinaryIO, begin: int, target: BinaryIO, offset: int, size: int
         chunk = source.read(min(size - done, _COPY_BYTES))
         if not chunk:
             raise OSError(errno.EIO, "a temporary file is shorter than what was written to it")
-        _write_at(target, offset + done, memoryview(chunk))
+        write_at(target, offset + done, memoryview(chunk))
         done += len(chunk)
 
 
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+def open_temporary(path: Path) -> tuple[Path, BinaryIO]:
     """Create a hidden file beside `path`, locked for as long as it is open."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     file = open(temporary, "xb+", buffering=0)
-    _lock(file)
+    lock(file)
     return temporary, cast(BinaryIO, file)
 
 
-def _lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO) -> bool:
     """Lock the file if nobody else has; False where that fails or locks do not exist."""
     if fcntl is None:
         return False
@@ -490,15 +506,15 @@ def _lock(file: BinaryIO) -> bool:
     return False
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Remove temporary files of `path` whose writer was killed: nobody holds their lock."""
     for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
         with contextlib.suppress(OSError), open(path.with_name(name), "rb+") as file:
-            if _lock(file):
+            if lock(file):
                 os.unlink(path.with_name(name))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; systems that cannot open folders need no such thing."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
