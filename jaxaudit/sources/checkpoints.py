@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -680,10 +680,11 @@ def _hyperparameters(
     if isinstance(group.get("decoupled_weight_decay"), bool):
         flags["optimizer"] = "adamw" if group["decoupled_weight_decay"] else "adam"
     stated = {"torch_version", "device", "cpu_capability", "num_threads", "sqrt_probe", "optimizer"}
-    return {k: float(v) for k, v in values.items()}, {k: metadata[k] for k in stated if k in metadata} | flags  # fmt: skip
+    numbers = {k: float(v) for k, v in values.items() if _is_number(v)}
+    return numbers, {k: metadata[k] for k in stated if k in metadata} | flags  # fmt: skip
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

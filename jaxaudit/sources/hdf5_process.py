@@ -46,7 +46,7 @@ def describe(file: h5py.File, group: str | None) -> dict[str, Any]:
             f"{len(holders)} groups hold a `W`: {_listed(holders)}. Name one with parameter=."
         )
     name = group.strip("/") if group is not None else holders[0] if holders else ""
-    chosen = file[name] if name else file
+    chosen: Any = file[name] if name else file
     datasets = {}
     for key in itertools.islice(chosen, _MOST_NAMES):
         described = _dataset(file, chosen, key)
@@ -58,14 +58,14 @@ def describe(file: h5py.File, group: str | None) -> dict[str, Any]:
 
 def _holders(file: h5py.File) -> Any:
     """Yield the paths of the groups with a dataset `W`; over hard links only, each group once."""
-    todo, seen = [("", file, 0)], 0
-    known = set()
+    todo: list[tuple[str, Any, int]] = [("", file, 0)]
+    seen, known = 0, set()
     while todo:
         path, group, depth = todo.pop(0)
         seen += 1
         if seen > _MOST_GROUPS:
             raise Refusal(f"more than {_MOST_GROUPS} groups. Keep one recording in a file.")
-        address = h5py.h5o.get_info(group.id).addr
+        address = _LOW.h5o.get_info(group.id).addr
         if address in known:
             continue
         known.add(address)
@@ -85,6 +85,9 @@ def _kind(group: Any, name: str) -> Any:
         return None
     return group.get(name, getclass=True)
 
+
+#: The library's own calls.
+_LOW: Any = h5py
 
 _KEYS = ("W", "grad_W", "momentum_W", "variance_W", "max_variance_W", "compensation_W")
 

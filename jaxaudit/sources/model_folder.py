@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -148,7 +148,7 @@ class ModelFolder:
             key: evenly(dtype, (self.timesteps, *shape), offset, parameter.record_bytes)
             for key, (dtype, shape, offset) in parameter.tensors.items()
         }
-        small = {"num_steps": np.array(self.timesteps - 1, np.int64)}
+        small: dict[str, Any] = {"num_steps": np.array(self.timesteps - 1, np.int64)}
         if self.losses is not None:
             small["losses"] = self.losses
         return PlacedSource(path, [(path, identity)], tensors, small, self._facts(parameter))
@@ -158,6 +158,7 @@ class ModelFolder:
         facts = self.metadata | self.groups[parameter.group]
         facts["parameter_shape"] = json.dumps(parameter.shape)
         facts["first_step"] = str(parameter.first_step)
+        facts.pop("rows", None)
         if parameter.rows is not None:
             facts["rows"] = json.dumps(parameter.rows)
         if parameter.number in self.skipped:
@@ -213,8 +214,9 @@ class ModelFolder:
                         f"{path}: line {t + 1} needs the numbers {', '.join(_NUMBERS)} for each of the "
                         f"{len(self.groups)} groups. Record the run again."
                     )
-                numbers.append([float(v) for v in values])
-        loss, skipped = found.get("loss"), found.get("skipped", [])
+                numbers.append([float(v) for v in values if _is_number(v)])
+        loss: Any = found.get("loss")
+        skipped: Any = found.get("skipped", [])
         count = len(self.parameters)
         right = isinstance(skipped, list) and all(is_count(k) and 0 <= k < count for k in skipped)
         if not right or not (loss is None or _is_number(loss)):
@@ -231,7 +233,9 @@ class ModelFolder:
         where = f"{self._index}: parameter {number}"
         if not isinstance(entry, dict):
             raise FileError(f"{where} is no JSON object. Record the run again.")
-        name, group, tensors = entry.get("name"), entry.get("group"), entry.get("tensors")
+        name: Any = entry.get("name")
+        group: Any = entry.get("group")
+        tensors: Any = entry.get("tensors")
         if not isinstance(name, str) or not name or not _encodable(name):
             raise FileError(f"{where} has no name. Record the run again.")
         if entry.get("file") != file_name(name):
@@ -240,7 +244,9 @@ class ModelFolder:
                 f"{short(repr(file_name(name)))}. Record the run again."
             )
         where = f"{where} ({short(name)})"
-        shape, rows, first = entry.get("shape"), entry.get("rows"), entry.get("first_step", 1)
+        shape: Any = entry.get("shape")
+        rows: Any = entry.get("rows")
+        first: Any = entry.get("first_step", 1)
         good = _is_shape(shape) and is_count(group) and is_count(entry.get("record_bytes"))
         if not good or not is_count(first) or not (rows is None or _is_counts(rows)):
             raise FileError(
@@ -264,11 +270,10 @@ class ModelFolder:
     def _tensor(
         self, where: str, key: str, entry: Any, room: int
     ) -> tuple[str, tuple[int, ...], int]:
-        dtype, shape, offset = (
-            (entry.get("dtype"), entry.get("shape"), entry.get("offset"))
-            if isinstance(entry, dict)
-            else (None, None, None)
-        )
+        parts: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        dtype: Any = parts.get("dtype")
+        shape: Any = parts.get("shape")
+        offset: Any = parts.get("offset")
         if key not in TENSOR_KEYS.values() or dtype not in ("BF16", "F16", "F32"):
             raise FileError(
                 f"{where}: `{short(key)}` of dtype {short(dtype)} is no tensor of a recording."
@@ -341,7 +346,7 @@ def _lines(path: Path) -> Any:
                 )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     """Tell whether a value from JSON is a number that a finite double can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -35,15 +35,18 @@ def open_source(
         folder = path.is_dir()
     except (OSError, ValueError):
         folder = False  # the file's own opening says what is wrong
-    if folder and not (path / INDEX).exists() and not (found := _recording_index(path)):
+    index = _recording_index(path) if folder and not (path / INDEX).exists() else None
+    if folder and index is None and not (path / INDEX).exists():
         return Series(path, parameter, rate_of=rate_of, state_index=state_index).open(run)
     if given:
         raise FileError(
             f"{path}: {', '.join(given)} {'are' if len(given) > 1 else 'is'} for a series of checkpoints, which "
             "this is not. Leave it out."
         )
+    if index is not None:
+        return Opened(_whole(ShardedSource(index), parameter))
     if folder:
-        return Opened(_model(path, parameter) if (path / INDEX).exists() else _whole(ShardedSource(found), parameter))  # fmt: skip
+        return Opened(_model(path, parameter))
     kind = kind_of(path)
     if kind == "hdf5":
         return Opened(Hdf5Source(path, parameter))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.byte_files import DTYPES, READERS, ByteFile, FileError, Stored, halves, json_of, short
+from jaxaudit.byte_files import DTYPES, READERS, ByteFile, FileError, Stored, json_of, short
 
 #: The recording's big tensors: our name for each, and its key in the source.
 TENSOR_KEYS = {
@@ -224,7 +223,7 @@ class PlacedSource:
                 head = np.empty(min(tensor.row_bytes, 1 << 18), np.uint8)
                 if tensor.files[entry] >= 0:
                     self._fill(int(tensor.files[entry]), head, int(tensor.offsets[entry]), name)
-                    digest.update(head)
+                    digest.update(head.tobytes())
         return digest.hexdigest()
 
     def _fill(self, number: int, buffer: NDArray[np.uint8], offset: int, name: str) -> None:
@@ -310,8 +309,3 @@ def file_within(folder: Path, name: object, where: Path) -> Path:
 def as_strings(found: Mapping[str, Any]) -> dict[str, str]:
     """Return metadata as strings: what is none as JSON."""
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in found.items()}
-
-
-def elements(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape."""
-    return math.prod(shape)

@@ -5,6 +5,7 @@ The pickle is looked at first, without running it: it may name what a state dict
 their data lie.
 """
 
+import importlib
 import json
 import math
 import os
@@ -211,8 +212,7 @@ def answer(path: str) -> dict[str, Any]:
 
 def main() -> None:
     """Answer requests until there are none."""
-    import torch._subclasses.fake_tensor  # before the limit: libraries take much address space
-
+    importlib.import_module("torch._subclasses.fake_tensor")  # libraries take much address space
     limit_memory()
     with os.fdopen(os.dup(1), "wb", buffering=0) as out:
         for line in sys.stdin.buffer:

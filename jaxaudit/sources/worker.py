@@ -34,7 +34,7 @@ class Worker:
     """
 
     def __init__(self, program: str):
-        script = Path(__file__).with_name(program)
+        script = Path(__file__).parent / program
         environment = os.environ | {"HDF5_PLUGIN_PRELOAD": "::"}  # no filters from libraries
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
