@@ -531,13 +531,14 @@ def test_a_process_that_fails(tmp_path, run, monkeypatch):
     for text, expected in (
         ("import os\nos.abort()", "died of signal 6"),
         ("import time\ntime.sleep(60)", "took longer than 1 seconds"),
-        ("print('x' * (1 << 29))", "too much to say"),
+        ("print('x' * (1 << 24))", "too much to say"),
         ("", "ended unexpectedly"),
         ("print('{\"answer\": 7}')\nimport time\ntime.sleep(60)", None),
     ):
         script = tmp_path / "process.py"
         script.write_text(text)
         monkeypatch.setattr(worker, "SECONDS", 1.0)
+        monkeypatch.setattr(worker, "_LARGEST_ANSWER", 1 << 20)
         with worker.Worker(str(script)) as process:
             if expected is None:
                 assert process.ask(path) == 7

@@ -7,6 +7,7 @@ files or from safetensors with names like `exp_avg.NAME` or `optimizer.state.NAM
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -158,10 +159,8 @@ class Series:
                 f"{path}: {len(found)} checkpoints found; needed two at least, in files or folders named by their "
                 "number (step_000100, checkpoint-100, ckpt_5.pt, ...)."
             )
-        with contextlib.ExitStack() as stack:
-            reader = _Reader(stack)
-            self._parameter = parameter
-            self._states = [self._state(reader, *checkpoint) for checkpoint in found]
+        reader, self._parameter = _Reader(), parameter
+        self._states = [self._state(reader, *checkpoint) for checkpoint in found]
 
     def open(self, run: int | None) -> Opened:
         """Open a run of consecutive steps, by default the longest.
@@ -265,15 +264,18 @@ class Series:
         if first.step is None and second.step is not None:
             starts = second.step == 1 and (first.number == 0 or second.number - first.number == 1)
             first.step = 0 if starts else None
-        counted = all(state.step is not None for state in states)
+        counted = any(state.step is not None for state in states)
         runs: list[list[State]] = []
         for state in states:
-            last = runs[-1][-1] if runs else None
-            if last is None:
+            now = state.step if counted else state.number
+            if now is None:  # a state without the optimizer's, among others with it
+                continue
+            if not runs:
                 runs.append([state])
                 continue
-            before, now = (last.step, state.step) if counted else (last.number, state.number)
-            assert before is not None and now is not None
+            last = runs[-1][-1]
+            before = last.step if counted else last.number
+            assert before is not None
             if now < before:
                 raise FileError(
                     f"{state.place}: the optimizer's step count is {now}, after {before} in {last.place.name}. Keep the "
@@ -388,8 +390,7 @@ class Series:
 class _Reader:
     """Looks into the files of checkpoints; starts torch's process when it is needed."""
 
-    def __init__(self, stack: contextlib.ExitStack):
-        self._stack = stack
+    def __init__(self):
         self._worker: Worker | None = None
 
     def read(self, place: Path, files: Sequence[Path]) -> Contents:
@@ -426,7 +427,7 @@ class _Reader:
             return
         if self._worker is None:
             _require_torch(path)
-            self._worker = self._stack.enter_context(Worker("torch_process.py"))
+            self._worker = Worker.shared("torch_process.py")
         with ByteFile(path) as file:
             identity = file.identity
         try:
@@ -442,8 +443,6 @@ class _Reader:
 
 
 def _require_torch(path: Path) -> None:
-    import importlib.util
-
     if importlib.util.find_spec("torch") is None:
         raise FileError(
             f"{path}: files of torch.save need torch, which is not installed. Install it with: pip install "

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import pickletools
+import select
 import struct
 import sys
 import zipfile
 from typing import Any
 
 MEMORY = 4 << 30
+_IDLE_SECONDS = 60
 _LARGEST_PICKLE, _MOST_NODES, _DEEPEST = 1 << 26, 1_000_000, 32
 _MOST_FILES, _LONGEST_TEXT = 200_000, 10_000
 
@@ -211,11 +213,13 @@ def answer(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer requests until there are none."""
+    """Answer requests until there are none, or none came for a while."""
     importlib.import_module("torch._subclasses.fake_tensor")  # libraries take much address space
     limit_memory()
     with os.fdopen(os.dup(1), "wb", buffering=0) as out:
-        for line in sys.stdin.buffer:
+        while select.select([0], [], [], _IDLE_SECONDS)[0] and (
+            line := sys.stdin.buffer.readline()
+        ):
             view = memoryview(json.dumps(answer(json.loads(line)["path"])).encode() + b"\n")
             while view:
                 view = view[out.write(view) :]

@@ -4,6 +4,7 @@ Such libraries are written in C: a damaged file can make them crash, loop or ask
 own that ends in an error, and the audit's process loads neither h5py (whose HDF5 may not be netCDF4's) nor torch.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -24,6 +25,8 @@ from jaxaudit.byte_files import FileError, short
 SECONDS = 120.0
 
 _LARGEST_ANSWER = 1 << 28
+_SHARED: dict[str, "Worker"] = {}
+_SHARING = threading.Lock()
 
 
 class Worker:
@@ -46,6 +49,21 @@ class Worker:
         )
         self._lock = threading.Lock()
         self._rest = bytearray()
+
+    @classmethod
+    def shared(cls, program: str) -> "Worker":
+        """Return the process that runs a program for everyone, started if it does not live; not to be closed.
+
+        Torch takes seconds to start. The process ends by itself when nothing was asked for a while.
+        """
+        with _SHARING:
+            found = _SHARED.get(program)
+            if found is None or found._process.poll() is not None:
+                if found is not None:
+                    found.close()
+                found = _SHARED[program] = cls(program)
+                atexit.register(found.close)
+            return found
 
     def __enter__(self) -> "Worker":
         return self
@@ -94,7 +112,8 @@ class Worker:
         return answer["answer"]
 
     def _line(self, path: Path, until: float) -> Any:
-        while b"\n" not in self._rest:
+        chunk = bytes(self._rest)
+        while b"\n" not in chunk:
             chunk = self._some(path, until)
             self._rest += chunk
             if len(self._rest) > _LARGEST_ANSWER:
@@ -137,6 +156,7 @@ class Worker:
         code = self._process.poll()
         if self._process.poll() is None:
             self._process.kill()
+            self._process.wait()
         reason = why or (f"died of signal {-code}" if code and code < 0 else "ended unexpectedly")
         raise FileError(
             f"{path}: the process that reads it {reason}; the file is damaged or of a kind that cannot be read. "
