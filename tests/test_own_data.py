@@ -15,7 +15,7 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("h5py")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    model(tmp_path / "RUN", short_run(4))
+    model(tmp_path / "RUN", short_run(6))
     names: dict[str, object] = {}
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for snippet in snippets:
@@ -28,6 +28,6 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
         "bfloat16 yes",
         "((1, 2), (4, 5)) [1 2] 2",
         "torch-cpu-loop",
-        "transformer.wte.weight 4 True",
+        "transformer.wte.weight 6 True",
     ):
         assert expected in said
