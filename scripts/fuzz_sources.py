@@ -10,6 +10,7 @@ torch files, the code of the processes that read them runs here; what it raises 
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import io
@@ -164,7 +165,7 @@ def changed_json(rng: random.Random, value: Any) -> Any:
         node, key = rng.choice(places)
         kind = rng.randrange(7)
         if kind <= 2:
-            node[key] = rng.choice(NASTY)
+            node[key] = copy.deepcopy(rng.choice(NASTY))
         elif kind == 3 and isinstance(node[key], int):
             node[key] += rng.choice((-1, 1, 7, 1 << 20, 1 << 40))
         elif kind == 4:
