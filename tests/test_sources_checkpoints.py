@@ -448,6 +448,16 @@ def test_moments_without_numbers(tmp_path):
     assert "moments without hyperparameters" in refusal(folder)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "[", '{"learning_rate": %s}' % ("9" * 400), "3", "{}"])
+def test_numbers_that_are_none(tmp_path, text):
+    """The first was found by fuzzing (kind checkpoints, number 4167): a lone surrogate in a text of JSON."""
+    tensors, _ = short_run(3)
+    folder = writers.write_safetensors_series(
+        tmp_path / "run", NAME, tensors, {"hyperparameters": text}
+    )
+    refusal(folder)
+
+
 def test_torch_that_is_missing(tmp_path, saved, monkeypatch):
     import importlib.util
 

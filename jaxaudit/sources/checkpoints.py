@@ -650,7 +650,8 @@ def _hyperparameters(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the numbers of an optimizer's group, else of the metadata, and its flags."""
     if not group:
-        stated = parsed(place, metadata.get("hyperparameters", "{}").encode(), "`hyperparameters`")
+        text = metadata.get("hyperparameters", "{}").encode(errors="surrogatepass")
+        stated = parsed(place, text, "`hyperparameters`")
         group = stated if isinstance(stated, dict) else {}
     if not group:
         return {}, {}
@@ -684,7 +685,13 @@ def _hyperparameters(
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether a value is a number that a finite double can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _rate_by_scheduler(run: Sequence[State]) -> Literal["this", "next"] | None:
