@@ -15,16 +15,9 @@ from numpy.typing import NDArray
 from jaxaudit.floats import FORMATS, Format
 from jaxaudit.hyperparameters import Hyperparameters, StepCount, double_of_float32
 from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched, short
-
-#: The recording's big tensors: our name for each, and its key in the file.
-TENSOR_KEYS = {
-    "param": "W",
-    "grad": "grad_W",
-    "exp_avg": "momentum_W",
-    "exp_avg_sq": "variance_W",
-    "max_exp_avg_sq": "max_variance_W",
-    "compensation": "compensation_W",
-}
+from jaxaudit.sources.hdf5 import Hdf5Source
+from jaxaudit.sources.opening import RateOf, kind_of, open_source
+from jaxaudit.sources.source import TENSOR_KEYS, Opened, Source
 
 _SCALAR_KEYS = {
     "learning_rate": "learning_rate",
@@ -73,8 +66,11 @@ class Window:
 class Recording:
     """A recorded run, opened without loading; a context manager.
 
+    Args:
+        source: a safetensors file, or where else the tensors come from (`open_recording`).
+
     Attributes:
-        path: the file.
+        path: the file or folder.
         steps: T, the number of recorded steps.
         row_shape: shape of one row of the parameter; () for a vector.
         tokens: entries of the parameter's first axis, called rows or tokens.
@@ -84,26 +80,39 @@ class Recording:
         hyperparameters: what the optimizer was given; None where the file says nothing of it.
         metadata: the file's own claims, as strings.
         losses: loss of each step, float64 of shape (T,), or None.
+        first_step: count of the first recorded step in the bias corrections.
+        timesteps: number of each recorded state in the training run, int64 (T+1,). It is 0..T unless the run was
+            recorded late, or the parameter was left out of some steps (metadata `skipped_steps`): those are no
+            steps of its optimizer and are not in the recording.
+        runs: for a series of checkpoints with gaps, the first and last number of each run of consecutive steps,
+            of which this recording is one (`open_recording(path, run=k)`); else empty.
 
     Raises:
         FileError: what the file lacks or contradicts, with the key and the shape.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._file = SafetensorsFile(path)
+    def __init__(self, source: str | os.PathLike[str] | Opened):
+        found = source if isinstance(source, Opened) else Opened(SafetensorsFile(source))
+        self._source, self.runs = found.source, found.runs
         try:
-            self._open()
+            self._open(found)
         except BaseException:
-            self._file.close()
+            self._source.close()
             raise
 
-    def _open(self) -> None:
-        self.path, self.metadata = self._file.path, dict(self._file.metadata)
+    def _open(self, found: Opened) -> None:
+        self.path, self.metadata = self._source.path, dict(self._source.metadata)
         shape = self._shape()
-        self.steps, self.tokens, self.row_shape = shape[0] - 1, shape[1], shape[2:]
+        self._entries = shape[0]
+        self._kept = self._kept_entries()
+        self.timesteps = np.arange(shape[0]) if found.timesteps is None else found.timesteps
+        if self._kept is not None:
+            self.timesteps = self.timesteps[self._kept]
+        self.steps, self.tokens, self.row_shape = self.timesteps.size - 1, shape[1], shape[2:]
         self.width = math.prod(self.row_shape)
         self.formats = self._formats(shape)
         self._check_num_steps()
+        self._check_skipped()
         self.losses = self._losses()
         self.first_step = self._first_step()
         self.hyperparameters = self._hyperparameters()
@@ -115,8 +124,8 @@ class Recording:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the files."""
+        self._source.close()
 
     @property
     def storage(self) -> Format:
@@ -131,11 +140,55 @@ class Recording:
     @property
     def bytes(self) -> int:
         """Bytes of the big tensors."""
-        return sum(self._file.tensors[TENSOR_KEYS[name]].bytes for name in self.formats)
+        return sum(self._source.tensors[TENSOR_KEYS[name]].bytes for name in self.formats)
 
     def fingerprint(self) -> str:
-        """Return a cheap digest of the file: its length, its header and the MiB that follows."""
-        return self._file.fingerprint()
+        """Return a cheap digest of the source; of a safetensors file, its length, its header and the MiB that follows."""
+        return self._source.fingerprint()
+
+    def coverage(self) -> dict[str, str]:
+        """Say in words what an audit can give: for each stage and each group of the audit's file.
+
+        Each sentence begins with "yes" or "no".
+        """
+        has = {*self.formats}
+        moments, fresh = {"exp_avg", "exp_avg_sq"} <= has, self.first_step == 1
+        given = self.hyperparameters is not None
+        why: dict[str, str] = {}
+        for stage in ("exp_avg", "exp_avg_sq"):
+            why[stage] = self._lack({stage, "grad"})
+        if not given:
+            why["param"] = "no hyperparameters"
+        elif not moments and not (fresh and "grad" in has):
+            why["param"] = self._lack({"exp_avg", "exp_avg_sq"})
+        replayed = self._lack({"grad"}) or ("" if given else "no hyperparameters")
+        if not replayed and not moments and not fresh:
+            replayed = (
+                self._lack({"exp_avg", "exp_avg_sq"}) + ", and the run does not start at step 1"
+            )
+        for group in ("free_run", "updates", "moments", "counterfactual"):
+            why[group] = replayed
+        found = {name: f"no: {reason}" if reason else "yes" for name, reason in why.items()}
+        if found.get("param", "yes") == "yes" and "grad" not in has:
+            found["param"] = (
+                "yes, under arithmetics that read stored moments; not under fused ones (no `grad_W`)"
+            )
+        names = (
+            "exp_avg",
+            "exp_avg_sq",
+            "param",
+            "free_run",
+            "updates",
+            "moments",
+            "counterfactual",
+        )
+        found = {name: found.get(name, "yes") for name in names}
+        return {**found, "lattice": "yes", "tokens": "yes"}
+
+    def _lack(self, needed: set[str]) -> str:
+        """Name the tensors of those needed that are not recorded, by their keys; nothing if none."""
+        missing = [f"`{TENSOR_KEYS[n]}`" for n in TENSOR_KEYS if n in needed - {*self.formats}]
+        return f"no {' and no '.join(missing)}" if missing else ""
 
     def flag(self, name: str) -> bool | None:
         """Read a yes-or-no claim of the metadata; None where there is none."""
@@ -225,10 +278,10 @@ class Recording:
         buffers = self._buffers(1, rows[1] - rows[0], tuple(self.formats))
         return self._read(timestep, 1, rows, buffers)
 
-    def group_tensors(self) -> SafetensorsFile | None:
-        """Return the open file if it holds token groups of its own."""
-        found = any(_holds_groups(name) for name in self._file.tensors)
-        return self._file if found else None
+    def group_tensors(self) -> Source | None:
+        """Return the open source if it holds token groups of its own."""
+        found = any(_holds_groups(name) for name in self._source.tensors)
+        return self._source if found else None
 
     def _buffers(
         self, length: int, rows: int, names: tuple[str, ...]
@@ -250,17 +303,69 @@ class Recording:
             part = buffer[:, : rows[1] - rows[0]]
             if part.shape != buffer.shape:  # the last rows: a window of its own size
                 part = aligned(part.shape, part.dtype)
-            self._file.read_rows(
-                TENSOR_KEYS[name], (start, first + count), rows, part[: first + count - start]
-            )
+            self._read_entries(name, (start, first + count), rows, part[: first + count - start])
             part[first + count - start :] = 0
             tensors[name] = part
         return Window(first, count, rows, tensors)
 
+    def _read_entries(
+        self, name: str, entries: tuple[int, int], rows: tuple[int, int], out: NDArray[Any]
+    ) -> None:
+        """Read recorded states, of which the source may hold more than are steps of the optimizer."""
+        key = TENSOR_KEYS[name]
+        if self._kept is None:
+            self._source.read_rows(key, entries, rows, out)
+            return
+        wanted = self._kept[slice(*entries)]
+        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+        for part in np.split(np.arange(wanted.size), cuts):
+            first, last = int(wanted[part[0]]), int(wanted[part[-1]])
+            self._source.read_rows(key, (first, last + 1), rows, out[part[0] : part[-1] + 1])
+
+    def _kept_entries(self) -> NDArray[np.int64] | None:
+        """Return the entries that are states after a step of the optimizer; None for all.
+
+        A step without a gradient changes nothing and is not counted, so the states around it are consecutive.
+        """
+        text = self.metadata.get("skipped_steps")
+        skipped = _json_counts(text)
+        if text is None or skipped == []:
+            return None
+        if skipped is None or min(skipped) < 1 or max(skipped) >= self._entries:
+            raise FileError(
+                f"{self.path}: the metadata `skipped_steps` is {short(text)}; needed a JSON list of timesteps from "
+                f"1 to {self._entries - 1}."
+            )
+        kept = np.setdiff1d(np.arange(self._entries), skipped)
+        if kept.size < 2:
+            raise FileError(
+                f"{self.path}: every timestep is in `skipped_steps`; the parameter never had a gradient, and there "
+                "is nothing to audit."
+            )
+        return kept
+
+    def _check_skipped(self) -> None:
+        """Raise unless skipped steps at the end left the weights as they were; those within are seen by the replay."""
+        if self._kept is None or self._kept[-1] == self._entries - 1:
+            return
+        rows = max(1, (1 << 22) // self.width)
+        for row in range(0, self.tokens, rows):
+            span = (row, min(row + rows, self.tokens))
+            states = []
+            for entry in (int(self._kept[-1]), self._entries - 1):
+                shape = (1, span[1] - span[0], self.width)
+                states.append(aligned(shape, self.storage.pattern_dtype))
+                self._source.read_rows("W", (entry, entry + 1), span, states[-1])
+            if not np.array_equal(*states):
+                raise FileError(
+                    f"{self.path}: `W` changes after timestep {self._kept[-1]}, though `skipped_steps` names every "
+                    "later one. Record the run again."
+                )
+
     def _shape(self) -> tuple[int, ...]:
-        tensor = self._file.tensors.get("W")
+        tensor = self._source.tensors.get("W")
         if tensor is None:
-            found = short(", ".join(self._file.tensors)) or "no tensor at all"
+            found = short(", ".join(self._source.tensors)) or "no tensor at all"
             raise FileError(
                 f"{self.path}: no `W` (found: {found}). A recording holds the parameter as `W` of shape "
                 "(T+1, token, ...)."
@@ -279,7 +384,7 @@ class Recording:
     def _formats(self, shape: tuple[int, ...]) -> dict[str, Format]:
         formats = {}
         for name, key in TENSOR_KEYS.items():
-            tensor = self._file.tensors.get(key)
+            tensor = self._source.tensors.get(key)
             if tensor is None:
                 continue
             if tensor.dtype not in FORMATS:
@@ -295,23 +400,27 @@ class Recording:
         return formats
 
     def _check_num_steps(self) -> None:
-        if "num_steps" not in self._file.tensors:
+        if "num_steps" not in self._source.tensors:
             return
         stated = self._scalars("num_steps", 1)
-        if stated[0] != self.steps:
+        if stated[0] != self._entries - 1:
             raise FileError(
-                f"{self.path}: `num_steps` says {stated[0]:g}, but `W` holds {self.steps} steps. "
+                f"{self.path}: `num_steps` says {stated[0]:g}, but `W` holds {self._entries - 1} steps. "
                 "The recording is incomplete or was cut; correct `num_steps`."
             )
 
     def _losses(self) -> NDArray[np.float64] | None:
-        if "losses" not in self._file.tensors:
+        if "losses" not in self._source.tensors:
             return None
-        return self._scalars("losses", self.steps + 1)[1:]
+        return self._of_steps(self._scalars("losses", self._entries))
+
+    def _of_steps(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the values of the optimizer's steps, (T,), from one for each entry of the source."""
+        return (values if self._kept is None else values[self._kept])[1:]
 
     def _scalars(self, key: str, *lengths: int) -> NDArray[np.float64]:
         """Read a small tensor as a vector of one of the given lengths (a 0-d one has length 1)."""
-        tensor = self._file.tensors[key]
+        tensor = self._source.tensors[key]
         if math.prod(tensor.shape) not in lengths or len(tensor.shape) > 1:
             needed = " or ".join(f"({length},)" for length in lengths)
             raise FileError(
@@ -321,7 +430,7 @@ class Recording:
             raise FileError(
                 f"{self.path}: `{key}` has dtype {tensor.dtype}, needed F32, F64 or an integer."
             )
-        return self._file.read_floats(key).reshape(-1)
+        return self._source.read_floats(key).reshape(-1)
 
     def _hyperparameters(self) -> Hyperparameters | None:
         stated = self._stated_hyperparameters()
@@ -331,7 +440,7 @@ class Recording:
             if name in stated:
                 values[name] = _as_doubles(self.path, name, stated[name])
                 origin[name] = "metadata `hyperparameters`"
-            elif key in self._file.tensors:
+            elif key in self._source.tensors:
                 values[name], origin[name] = self._stored_scalar(name, key)
         if not values and not {"grad", "exp_avg", "exp_avg_sq"} & set(self.formats):
             return None
@@ -369,9 +478,9 @@ class Recording:
         return stated
 
     def _stored_scalar(self, name: str, key: str) -> tuple[NDArray[np.float64], str]:
-        lengths = (1, self.steps + 1) if name == "learning_rate" else (1,)
+        lengths = (1, self._entries) if name == "learning_rate" else (1,)
         doubles = self._scalars(key, *lengths)
-        if self._file.tensors[key].dtype != "F32":
+        if self._source.tensors[key].dtype != "F32":
             return doubles, f"`{key}`"
         found = [double_of_float32(np.float32(value)) for value in doubles]
         recovered = sum(short for _, short in found)
@@ -394,10 +503,10 @@ class Recording:
     def _per_step(self, rates: NDArray[np.float64]) -> NDArray[np.float64]:
         if rates.size == 1:
             return np.full(self.steps, rates[0])
-        if rates.size == self.steps + 1:
-            return rates[1:]
+        if rates.size == self._entries:
+            return self._of_steps(rates)
         raise FileError(
-            f"{self.path}: learning_rate has {rates.size} values, needed 1 or {self.steps + 1} (one per row "
+            f"{self.path}: learning_rate has {rates.size} values, needed 1 or {self._entries} (one per row "
             "of `W`)."
         )
 
@@ -423,13 +532,37 @@ class TokenGroups:
         return list(self.members)
 
 
-def open_recording(path: str | os.PathLike[str]) -> Recording:
+def open_recording(
+    path: str | os.PathLike[str],
+    parameter: str | None = None,
+    *,
+    run: int | None = None,
+    rate_of: RateOf | None = None,
+    state_index: int | None = None,
+) -> Recording:
     """Open a recording without loading it, and check its shapes, dtypes and consistency.
+
+    What the path holds is decided by its content: a safetensors file; an index of several (or the folder with it);
+    an HDF5 file; the folder of a whole-model recording, finished or not; a folder with a series of checkpoints.
+
+    Args:
+        path: a file or a folder.
+        parameter: which parameter of a model or of a series of checkpoints; which group of an HDF5 file. Needed if
+            there are several.
+        run: of a series of checkpoints with gaps, which run of consecutive steps (`Recording.runs`), from 0; by
+            default the longest.
+        rate_of: of a series of checkpoints, whether a checkpoint's learning rate is the one of the step that led
+            to it ("this") or of the step after it ("next", as where the scheduler steps before the checkpoint is
+            written). Needed if the rate changes and the checkpoints' scheduler does not tell.
+        state_index: of a series of checkpoints, the parameter's number in the optimizer's state; needed if it
+            cannot be told from the names or shapes.
 
     Raises:
         FileError: what is missing, unreadable or inconsistent.
     """
-    return Recording(path)
+    return Recording(
+        open_source(path, parameter, run=run, rate_of=rate_of, state_index=state_index)
+    )
 
 
 def open_token_groups(path: str | os.PathLike[str]) -> TokenGroups:
@@ -441,7 +574,8 @@ def open_token_groups(path: str | os.PathLike[str]) -> TokenGroups:
     Raises:
         FileError: the file is unreadable, or holds no usable group.
     """
-    with SafetensorsFile(path) as file:
+    path = Path(path)
+    with Hdf5Source(path) if kind_of(path) == "hdf5" else SafetensorsFile(path) as file:
         return read_token_groups(file)
 
 
@@ -453,8 +587,8 @@ def token_groups_of(recording: Recording) -> TokenGroups:
     return read_token_groups(file)
 
 
-def read_token_groups(file: SafetensorsFile) -> TokenGroups:
-    """Read token groups from an open file (see `open_token_groups`)."""
+def read_token_groups(file: Source) -> TokenGroups:
+    """Read token groups from an open source (see `open_token_groups`)."""
     groups: list[tuple[str, NDArray[np.int64]]] = []
     sizes: set[int] = set()
     for name in filter(_holds_groups, file.tensors):
@@ -509,7 +643,7 @@ def _check_group(
         )
 
 
-def _labelled_groups(file: SafetensorsFile) -> tuple[int, list[tuple[str, NDArray[np.int64]]]]:
+def _labelled_groups(file: Source) -> tuple[int, list[tuple[str, NDArray[np.int64]]]]:
     """Return how many tokens `token_group` labels, and each label's name and tokens."""
     integers = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
     labels = _vector(file, "token_group", integers)
@@ -530,7 +664,7 @@ def _labelled_groups(file: SafetensorsFile) -> tuple[int, list[tuple[str, NDArra
     return labels.size, named
 
 
-def _vector(file: SafetensorsFile, name: str, dtypes: tuple[str, ...]) -> NDArray[Any]:
+def _vector(file: Source, name: str, dtypes: tuple[str, ...]) -> NDArray[Any]:
     tensor = file.tensors[name]
     if tensor.dtype not in dtypes or len(tensor.shape) != 1:
         raise FileError(
