@@ -242,7 +242,7 @@ class Recording:
         """
         shape = (states[1] - states[0], rows[1] - rows[0], self.width)
         out = aligned(shape, self.formats[name].pattern_dtype)
-        self._file.read_rows(TENSOR_KEYS[name], states, rows, out)
+        self._read_entries(name, states, rows, out)
         return out
 
     def windows(
