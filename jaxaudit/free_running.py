@@ -312,7 +312,7 @@ def _step_program(
         def at(name: str, timestep: Any) -> Any:
             return jax.lax.dynamic_index_in_dim(window[name], timestep, keepdims=False)
 
-        ops = operations_of(formulation, zero, flushes=step.flushes)
+        ops = operations_of(formulation, zero, flushes=step.flushes, device=device)
         x = {name: ops.decode(at(name, k), fmt) for name, fmt in known}
         recorded = {name: ops.decode(at(name, k + 1), fmt) for name, fmt in known}
         x["grad"] = ops.decode(at("grad", k), grad)
