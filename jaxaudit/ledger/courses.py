@@ -7,6 +7,7 @@ the compiler.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import floats
-from jaxaudit.comparison import fold
+from jaxaudit.comparison import fold, fold_together
 from jaxaudit.devices import Device
 from jaxaudit.floats import BFLOAT16, FLOAT32, Format
 from jaxaudit.ledger.ranges import Envelope, Range, RangeOperations, SparingOperations, ordinary
@@ -473,7 +474,7 @@ def _inputs(
 def rows_program(
     plan: Plan, formulation: Formulation, rows: int, marks: int, device: Device
 ) -> Callable:
-    """Add up by row what `step_program` found, up to the last lanes (see `comparison`).
+    """Add up by row what `step_program` found.
 
     The program takes a zero, the step's place in the window, the block's first row, the inputs, and the three results
     of a step. It returns counts (packed, see `unpacked`), chances and squared distances.
@@ -493,13 +494,13 @@ def rows_program(
         if chance is not None:
             lost = lax.dynamic_slice(inputs["lost"], (k, start), (1, n))[0] != 0
             wide = chance.astype(jnp.float64)
-            chances = [by_row(wide), by_row(jnp.where(lost, wide, 0.0))]
+            chances = [wide, jnp.where(lost, wide, 0.0)]
         after = lax.dynamic_slice(inputs["param"], (k + 1, start), (1, n))[0]
         slots = [plan.own("param", r) for r in range(len(plan.courses))]
         own = [ops.decode(state[plan.carried.index(slot)], plan.own_format(slot)) for slot in slots]
         pairs = plan.pairs(own, ops.decode(after, plan.storage))
-        distances = [by_row(_squared(ops, weight, target, zero)) for weight, target in pairs]
-        return counts, chances, distances
+        distances = [_squared(ops, weight, target, zero) for weight, target in pairs]
+        return _combined(counts), *_summed(plan.width, chances, distances)
 
     return compile_exactly(one_step, device)
 
@@ -511,12 +512,18 @@ def _squared(ops: Operations, a: Value, b: Value, zero: Value) -> Value:
     return lax.bitcast_convert_type(bits, jnp.float64)
 
 
-@functools.lru_cache(maxsize=8)
-def lanes_program(device: Device) -> Callable:
-    """Add up the lanes of rows once more."""
-    return compile_exactly(
-        lambda arrays: jax.tree.map(lambda lanes: fold(lanes, jnp.add), arrays), device
-    )
+def _combined(counts: list[Any]) -> list[Any]:
+    """Add up the lanes of several counts, all at once: of integers the order does not matter."""
+    zeros = tuple(each.dtype.type(0) for each in counts)
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+    return list(lax.reduce(tuple(counts), zeros, add, (1,)))
+
+
+def _summed(width: int, *kinds: list[Any]) -> list[list[Any]]:
+    """Sum several lists of float64 arrays by row, in one pass."""
+    terms = [term.reshape(-1, width) for kind in kinds for term in kind]
+    sums = iter(fold_together(tuple(terms), width))
+    return [list(itertools.islice(sums, len(kind))) for kind in kinds]
 
 
 def unpacked(counts: Sequence[NDArray[Any]], marks: int, width: int) -> NDArray[np.int32]:

@@ -22,7 +22,6 @@ from jaxaudit.ledger.courses import (
     Slot,
     Timestep,
     changes,
-    lanes_program,
     random_bits,
     rows_program,
     step_key,
@@ -38,9 +37,6 @@ from jaxaudit.steps import Scalars
 
 #: Elements that are done again in NumPy at most, and elements that are then done in float64 at once.
 FEW, MANY = 1 << 14, 1 << 16
-
-#: Timesteps whose rows are added up by one program.
-_TOGETHER = 8
 
 #: Timesteps of a self-test.
 _TRIED_STEPS = 6
@@ -151,20 +147,11 @@ class Stepper:
             results = step(zero, k, row, inputs, state)
             state = results[0]
             found.append(by_row(zero, k, row, inputs, results))
-            if len(found) % _TOGETHER == 0 or k == steps - 1:
-                begin = (len(found) - 1) // _TOGETHER * _TOGETHER
-                found[begin:] = self._folded(found[begin:])
         columns = [
-            [np.stack([np.asarray(step[kind][j])[:, 0] for step in found]) for j in range(length)]
+            [np.stack([np.asarray(step[kind][j]) for step in found]) for j in range(length)]
             for kind, length in enumerate(map(len, found[0]))
         ]
         return state, _counts(unpacked(columns[0], marks, plan.width), *columns[1:])
-
-    def _folded(self, found: list[Any]) -> list[Any]:
-        """Add up what is left of each row after some timesteps, in one program."""
-        while jax.tree.leaves(found)[0].shape[-1] > 1:
-            found = lanes_program(self._device)(found)
-        return found
 
     def _again(
         self,
