@@ -21,13 +21,15 @@ from jaxaudit.models.overview import Facts, Overview
 from jaxaudit.provenance import provenance
 from jaxaudit.recording import Recording, TokenGroups, token_groups_of
 from jaxaudit.safetensors_file import FileError, short
-from jaxaudit.sources.model_folder import choices, file_name
+from jaxaudit.sources.model_folder import choices
 
 #: Elements of a timestep beyond which a parameter is not chosen to be identified for its group.
 _LARGE = 1 << 22
 
 #: Parameters of a group that are tried until one tells an arithmetic.
 _TRIES = 3
+
+_USUAL = LedgerOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ModelAudit:
         steps: tuple[int, int] | None = None,
         window_steps: int | None = None,
         progress: Progress | None = None,
-        ledger: LedgerOptions | None = auditing._USUAL,
+        ledger: LedgerOptions | None = _USUAL,
     ):
         check_names(arithmetics)
         self._model, self._groups, self._progress = model, groups, progress
@@ -122,7 +124,7 @@ class ModelAudit:
 
     def _plan(self, name: str) -> _Plan:
         parameter, skipped = self._model[name], self._model.skipped_steps(name)
-        path = f"{variables.PARAMETERS}/{file_name(name)}"
+        path = variables.group_path(name)
         known = {"name": name, "optimizer_group": parameter.group, "shape": parameter.shape}
         if self._model.steps and len(skipped) >= self._model.steps:  # it never had a gradient
             dtype, shape, _ = parameter.tensors["W"]
@@ -236,7 +238,7 @@ def audit_model(
     steps: tuple[int, int] | None = None,
     window_steps: int | None = None,
     progress: Progress | None = None,
-    ledger: LedgerOptions | None = auditing._USUAL,
+    ledger: LedgerOptions | None = _USUAL,
 ) -> dict[str, xr.Dataset]:
     """Audit every parameter of a model.
 
@@ -260,7 +262,7 @@ def audit_model(
         The dataset of each group of the file: under "" the overview (`models.variables.OVERVIEW`), under
         `parameters/NAME` the dataset that `audit` returns, under `parameters/NAME/updates` and the like what
         `audit_groups` returns. NAME is the parameter's with every byte outside [A-Za-z0-9._-] as %XX (see
-        `sources.model_folder.file_name`); the name itself is the attribute `parameter`.
+        `models.variables.group_path`); the name itself is the attribute `parameter`.
 
     Raises:
         FileError: a recording cannot be read, or no parameter fits the groups.

@@ -1,6 +1,7 @@
 """The variables of a model's overview: names, dimensions, units and meanings."""
 
 from jaxaudit.results import NOT_AUDITED, Field
+from jaxaudit.sources.model_folder import file_name
 
 _EACH = ("parameter",)
 _PER_STAGE = ("parameter", "stage")
@@ -25,8 +26,19 @@ def _share(long_name: str, comment: str) -> Field:
     return Field(_EACH, "float64", "1", long_name, comment)
 
 
-#: Group of a parameter's audit in the file: this, a slash, and the parameter's encoded name.
+#: Group of the file that holds those of the parameters.
 PARAMETERS = "parameters"
+
+
+def group_path(name: str) -> str:
+    """Return the group of a parameter's audit: its name is encoded as that of its file.
+
+    NetCDF wants a letter, a digit or an underscore first: a leading "-" is encoded too, and "_" put before a "%".
+    """
+    text = file_name(name)
+    text = "%2D" + text[1:] if text.startswith("-") else text
+    return f"{PARAMETERS}/{'_' * text.startswith('%')}{text}"
+
 
 #: The root of a model's file. Sums are over the audited timesteps and all rows.
 OVERVIEW = {
