@@ -63,7 +63,9 @@ class Overview:
 
     def dataset(self, attributes: Mapping[str, Any]) -> xr.Dataset:
         """Return the dataset of `variables.OVERVIEW`."""
-        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        columns: dict[str, Any] = {
+            name: [row[name] for row in self._rows] for name in self._rows[0]
+        }
         columns["rank_by_mismatches"] = _ranks(
             [-1.0 if not any(row["audited"]) else _mismatches(row) for row in self._rows]
         )
