@@ -221,7 +221,13 @@ def _wanted_ledger(request: AuditRequest) -> LedgerOptions | None:
 
 
 def _open(request: AuditRequest) -> Recording:
-    return open_recording(request.recording or sample_paths()[0], request.parameter)
+    try:
+        return open_recording(request.recording or sample_paths()[0], request.parameter)
+    except FileError as error:
+        text = str(error)
+        for words in ("name one with", "Leave"):  # the library's argument is the command's option
+            text = text.replace(f"{words} parameter=", f"{words} --parameter")
+        raise FileError(text) from error
 
 
 def _stem(request: AuditRequest, recording: Recording) -> str:
@@ -456,12 +462,25 @@ def _text(
         return json.dumps(one | {"output": str(output)}, allow_nan=False, default=_plain)
     lines = [summary.describe(dataset, own_way)]
     lines += ["", *(each["sentence"] for each in told)] if told else []
-    lines += [f"Covered     {name}: {why}" for name, why in lacking.items()]
+    lines += _lacking_lines(lacking)
     if not met:
         lines.append(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."
         )
     return "\n".join([*lines, f"Written to {printable(str(output))}"])
+
+
+def _lacking_lines(lacking: Mapping[str, str]) -> list[str]:
+    """Say together what has one reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in lacking.items():
+        reasons.setdefault(why, []).append(name)
+    lines = []
+    for why, names in reasons.items():
+        covered, reason = re.split("[:,] ", why, maxsplit=1)
+        how = "Not covered" if covered == "no" else "Covered in part"
+        lines.append(f"{how}: {', '.join(names)} ({reason})")
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -251,18 +251,36 @@ def test_nothing_is_identified_twice(model, monkeypatch):
 
 
 def test_the_file_holds_what_the_library_returns(command, folder, found, tmp_path):
-    status, out, err = command(folder, "--plots", "figures", "--counterfactual-beta2", "")
+    some = [name for name in SHAPES if name not in ("0.weight", "0.bias", "conv.kernel")]
+    status, out, err = command(
+        folder,
+        "--plots",
+        "figures",
+        "--counterfactual-beta2",
+        "",
+        "--parameters",
+        "wrong|odd|norm|idle",
+    )
     assert status == 0, err
     path = tmp_path / "results" / "model.nc"
     assert sorted(os.listdir(tmp_path / "results")) == ["model.nc"]
     with xr.open_datatree(path) as tree:
-        for name in SHAPES:
+        for name in some:
             assert (path_of(name) in [node.lstrip("/") for node in tree.groups]) == (name != IDLE)
         assert tree[path_of(".odd/näme")].attrs["parameter"] == ".odd/näme"
     for name, dataset in found.items():
-        loaded = xr.load_dataset(path, group=name or None)
+        if not name or not any(name.startswith(path_of(one)) for one in some):
+            continue
+        loaded = xr.load_dataset(path, group=name)
         assert_same_bits(loaded, dataset)
         assert all(loaded[v].attrs == dataset[v].attrs for v in dataset.variables)
+    root, whole = xr.load_dataset(path), found[""].sel(parameter=some)
+    changed = [
+        "rank_by_mismatches",
+        "rank_by_lost_share",
+        "identified_by",
+    ]  # they depend on the others
+    assert_same_bits(root.drop_vars(changed), whole.drop_vars(changed))
     assert (tmp_path / "figures" / "parameters.png").read_bytes()[:4] == b"\x89PNG"
     lines = out.splitlines()
     assert lines[5].startswith(DAMAGED) and lines[-1] == "Written to results/model.nc"
@@ -490,6 +508,30 @@ def test_names_of_groups(tmp_path, name, expected):
         file.add({path: xr.Dataset(), f"{path}/updates": xr.Dataset({"x": 1})})
     with xr.open_datatree(tmp_path / "a.nc") as tree:
         assert path in [node.lstrip("/") for node in tree.groups]
+
+
+def test_one_parameter_of_a_series_of_checkpoints(command, tmp_path):
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(64, 12).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, foreach=False)
+    series = tmp_path / "run.v2"
+    series.mkdir()
+    for step in range(1, 5):
+        layer(torch.randn(3, 64, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+        state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, series / f"ckpt_{step}.pt")
+    arguments = ("--only", "accounting", "--arithmetic", "torch-cpu-loop")
+    status, out, err = command(series, *arguments)
+    assert (status, out) == (3, "") and "name one with --parameter." in err
+    status, out, err = command(series, *arguments, "--parameter", "weight")
+    assert status == 0, err
+    assert "Replays bit for bit under torch-cpu-loop" in out
+    gone = "exp_avg, exp_avg_sq, free_run, updates, moments, counterfactual"
+    assert f"Not covered: {gone} (no `grad_W`)" in out
+    assert out.endswith("Written to results/run.v2-weight.nc\n")
+    status, out, _ = command(series, *arguments, "--parameter", "weight", "--json", "--overwrite")
+    assert json.loads(out)["coverage"]["exp_avg"] == "no: no `grad_W`"
 
 
 # --- text and figures of large models ---
