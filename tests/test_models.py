@@ -283,6 +283,7 @@ def test_the_file_holds_what_the_library_returns(command, folder, found, tmp_pat
     assert_same_bits(root.drop_vars(changed), whole.drop_vars(changed))
     assert (tmp_path / "figures" / "parameters.png").read_bytes()[:4] == b"\x89PNG"
     lines = out.splitlines()
+    assert f"Identified on its own, not with the group: {DAMAGED}" in lines
     assert lines[5].startswith(DAMAGED) and lines[-1] == "Written to results/model.nc"
     assert lines[4].split() == (
         "parameter, the worst first group shape replayed as exp_avg differs exp_avg_sq differs param differs lost "
@@ -551,8 +552,8 @@ def many(overview: xr.Dataset, count: int) -> xr.Dataset:
 @pytest.mark.parametrize(("count", "lines"), [(4, 4), (40, 40), (41, 40), (150, 40)])
 def test_text_of_many_parameters(overview, count, lines):
     text = account.describe(many(overview, count)).splitlines()
-    shown = text[5 : text.index("", 5)]
-    assert len(shown) == lines
+    *shown, own = text[5 : text.index("", 5)]
+    assert own.startswith("Identified on ") and len(shown) == lines
     if count > lines:
         assert shown[-1].startswith(f"and {count - lines + 1} more: ")
 

@@ -71,6 +71,7 @@ def describe(overview: xr.Dataset) -> str:
         f"Backend     {overview.attrs['backend']} ({overview.attrs['device']}), jax {overview.attrs['jax_version']}",
         "",
         *_parameter_table(overview),
+        *_own_line(overview),
         "",
         *(each["sentence"] for each in json.loads(overview.attrs["verdict"])),
     ]
@@ -85,6 +86,22 @@ def _parameter_table(overview: xr.Dataset) -> list[str]:
     rows = [[*head, "lost updates", "stuck v"], *(_line(overview, k) for k in shown)]
     lines = as_table(rows)
     return lines if order.size <= LINES else [*lines, _rest(overview, order[shown.size :])]
+
+
+def _own_line(overview: xr.Dataset) -> list[str]:
+    """Name the parameters that the arithmetic of their optimizer group does not replay."""
+    by, group = overview.identified_by.values, overview.optimizer_group.values
+    shared = {*group[by == "group"].tolist()}
+    own = [
+        str(name)
+        for name, how, where in zip(overview.parameter.values, by, group, strict=True)
+        if how == "parameter" and int(where) in shared
+    ]
+    if not own:
+        return []
+    return [
+        f"Identified on {'its' if len(own) == 1 else 'their'} own, not with the group: {in_words(own)}"
+    ]
 
 
 def _stages(overview: xr.Dataset) -> list[str]:
