@@ -129,7 +129,7 @@ class Divergence:
         if not self.runs[a] or (key not in self._apart and exact and self._proves(step)):
             return
         self._apart.add(key)
-        run = self._bench.run(candidate, step.state, window, arrays)["param"][1:]
+        run = self._bench.run_weights(candidate, window, arrays)
         recorded, storage = arrays["param"], self._bench.recording.storage
         fmt: Format = step.param_format
         formulation: Formulation = "float64" if tiny else "float32"

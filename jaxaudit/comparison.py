@@ -6,12 +6,13 @@ additions of their slices in a fixed order, in float64, and groups by NumPy's pa
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import stochastic
@@ -77,13 +78,9 @@ class Comparison:
         Returns:
             Two arrays of shape (steps, rows).
         """
-        key = (replayed_format, recorded_format, self._width, self._device)
-        counts = self._folded(_count_program(*key)(replayed, recorded), jnp.add)
-        distances = self._folded(_distance_program(*key)(replayed, recorded), jnp.maximum)
-        return (
-            self.finished(counts).astype(np.int64),
-            self.finished(distances).astype(np.int64),
-        )
+        program = _mismatch_program(replayed_format, recorded_format, self._width, self._device)
+        counts, distances = program(replayed, recorded)
+        return np.asarray(counts).astype(np.int64), np.asarray(distances).astype(np.int64)
 
     def squared_norms(
         self, recorded: Any, fmt: Format, formulation: Formulation
@@ -119,8 +116,7 @@ class Comparison:
         program = _products_program(
             replayed_format, recorded_format, self._width, formulation, self._device
         )
-        sums = [self._folded(x, jnp.add) for x in program(np.uint32(0), replayed, recorded)]
-        return tuple(self.finished(each) for each in sums)
+        return tuple(np.asarray(sums) for sums in program(np.uint32(0), replayed, recorded))
 
     def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
         """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
@@ -205,6 +201,45 @@ def lanes_of(width: int) -> int:
     return 16 if width >= 32 else 8 if width > 16 else 0
 
 
+def fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
+    """Sum the rows of several (rows, width) arrays in one pass over memory, each in the same fixed order.
+
+    As `fold` does, until one column is left. XLA reduces several arrays at once by a plain loop for
+    each element of the result, without splitting it: the order is the one written.
+    """
+    while width > 1:
+        each = lanes_of(width)
+        parts, lanes = [], width // each * each if each else 0
+        blocks = width // BLOCK * BLOCK
+        for begin, end, shape in (
+            (0, blocks, (-1, BLOCK // max(each, 1), each)),
+            (blocks, lanes, (1, (lanes - blocks) // max(each, 1), each)),
+        ):
+            if end > begin:
+                parts.append(_added([x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]))
+        if not lanes:
+            parts.append(_added([x[:, None, :, None] for x in terms]))
+        elif width > lanes:
+            parts.append([x[:, lanes:] for x in terms])
+        terms = tuple(
+            part[0] if len(part) == 1 else jnp.concatenate(part, axis=-1)
+            for part in zip(*parts, strict=True)
+        )
+        width = terms[0].shape[1]
+    return tuple(term[:, 0] for term in terms)
+
+
+def _added(terms: list[Any]) -> list[Any]:
+    """Add up axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
+
+    def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    zeros = tuple(np.float64(0) for _ in terms)
+    found = lax.reduce(tuple(terms), zeros, add, (2,))
+    return [each.reshape(each.shape[0], -1) for each in found]
+
+
 @functools.lru_cache(maxsize=64)
 def _fold_program(combine: Callable, device: Device) -> Callable:
     return compile_exactly(jax.vmap(lambda lanes: fold(lanes, combine)), device)
@@ -243,24 +278,11 @@ def _tally_program(fmt: Format, storage: Format, bit: int, width: int, device: D
 
 
 @functools.lru_cache(maxsize=64)
-def _count_program(
+def _mismatch_program(
     replayed_format: Format, recorded_format: Format, width: int, device: Device
 ) -> Callable:
-    def one_step(replayed: Any, recorded: Any) -> jax.Array:
-        if replayed_format is recorded_format:
-            differs = differ(replayed, recorded, recorded_format)
-        else:
-            a = widen_patterns(replayed, replayed_format)
-            differs = differ(a, widen_patterns(recorded, recorded_format))
-        return fold(differs.astype(jnp.int32).reshape(-1, width), jnp.add)
+    """Count each row's differing elements, and find its largest distance: uint32 (steps, rows) each."""
 
-    return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _distance_program(
-    replayed_format: Format, recorded_format: Format, width: int, device: Device
-) -> Callable:
     def line(patterns: Any) -> Any:
         """Place patterns on the ordered line (see `floats.ordered`), moved up into uint32."""
         wide = patterns.astype(jnp.uint32)
@@ -272,14 +294,25 @@ def _distance_program(
         nan = magnitude > np.uint32(recorded_format.infinity)
         return jnp.where(nan, middle + np.uint32(recorded_format.infinity + 1), signed)
 
-    def one_step(replayed: Any, recorded: Any) -> jax.Array:
-        if replayed_format is not recorded_format:
+    def one_step(replayed: Any, recorded: Any) -> tuple[jax.Array, jax.Array]:
+        if replayed_format is recorded_format:
+            differs = differ(replayed, recorded, recorded_format)
+        else:
             wide = widen_patterns(replayed, replayed_format)
+            differs = differ(wide, widen_patterns(recorded, recorded_format))
             replayed = narrow_patterns(wide, recorded_format)
         a, b = line(replayed), line(recorded)
-        return fold((jnp.maximum(a, b) - jnp.minimum(a, b)).reshape(-1, width), jnp.maximum)
+        distances = jnp.maximum(a, b) - jnp.minimum(a, b)
+        counts = fold(differs.astype(jnp.uint32).reshape(-1, width), jnp.add)
+        return counts, fold(distances.reshape(-1, width), jnp.maximum)
 
-    return compile_exactly(lambda a, b: jax.vmap(one_step)(a, b[1:]), device)
+    def whole(replayed: Any, recorded: Any) -> tuple[jax.Array, jax.Array]:
+        # Of integers the order does not matter: what lanes are left are combined as XLA likes best.
+        lanes = jax.vmap(one_step)(replayed, recorded[1:])
+        combine = lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1]))  # noqa: E731
+        return lax.reduce(lanes, (np.uint32(0), np.uint32(0)), combine, (2,))
+
+    return compile_exactly(whole, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -334,7 +367,7 @@ def _products_program(
             predicted, observed = _change(ops, p, w), _change(ops, o, w)
             difference = _change(ops, p, o)
             terms = (predicted * predicted, difference * difference, predicted * observed)
-            return tuple(fold(term.reshape(-1, width), jnp.add) for term in terms)
+            return fold_together(tuple(term.reshape(-1, width) for term in terms), width)
 
         return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])
 

@@ -54,7 +54,7 @@ def inexact_operations(device: Device, formulation: Formulation) -> tuple[str, .
     """
     patterns = _hard_patterns(formulation)
     expected = _run(NumpyOperations(), [floats.decode(p, FLOAT32) for p in patterns])
-    program = compile_exactly(functools.partial(_all_cases, formulation), device)
+    program = compile_exactly(functools.partial(_all_cases, formulation, device), device)
     try:
         found, strays = program(np.uint32(0), *patterns)
     except Exception as error:  # whatever a device without float64, say, raises
@@ -105,10 +105,12 @@ def inexact_in_float64(device: Device) -> tuple[str, ...]:
     )
 
 
-def _all_cases(formulation: Formulation, zero: Any, *patterns: Any) -> tuple[dict, dict]:
+def _all_cases(
+    formulation: Formulation, device: Device, zero: Any, *patterns: Any
+) -> tuple[dict, dict]:
     found, strays = {}, {}
     for name, case in _CASES.items():
-        ops = operations_of(formulation, zero)
+        ops = operations_of(formulation, zero, device=device)
         a, b, c = (ops.decode(p, FLOAT32) for p in patterns)
         if isinstance(ops, Float32Operations):
             for value in (a, b, c):

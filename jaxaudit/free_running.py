@@ -68,7 +68,6 @@ class FreeRun:
         self._formats = replayer.formats | dict(formats or {})
         self._state: tuple[Any, ...] | None = None
         self._placement, self._device = replayer.placement, replayer.device
-        self._unmarked: jax.Array | None = None
         read = {x.removeprefix("new_") for each in hidden for x in step.reads(each)}
         self._known = {x: self._formats[x] for x in step.state if x in read - {*hidden}}
         verdicts: dict[Formulation, str] = {
@@ -94,14 +93,19 @@ class FreeRun:
             Patterns of each hidden tensor, (steps + 1, elements), in the step's own format; for the arguments
             see `after`.
         """
-        start = self._started(window)
+        start = dict(zip(self.hidden, self._started(window), strict=True))
         run = self.after(scalars, window, tail, steps)
         join = _join_program(self._device)
-        return {
-            name: join(first, run[name]) for name, first in zip(self.hidden, start, strict=True)
-        }
+        return {name: join(start[name], run[name]) for name in self.hidden}
 
-    def after(self, scalars: Scalars, window: Recorded, tail: Any, steps: int) -> dict[str, Any]:
+    def after(
+        self,
+        scalars: Scalars,
+        window: Recorded,
+        tail: Any,
+        steps: int,
+        wanted: tuple[str, ...] | None = None,
+    ) -> dict[str, Any]:
         """Run through a window.
 
         Args:
@@ -109,18 +113,19 @@ class FreeRun:
             window: recorded patterns.
             tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
             steps: how many of the window's steps are valid.
+            wanted: which tensors are returned; by default all hidden ones.
 
         Returns:
-            Patterns of each hidden tensor after every step, (steps, elements), in the step's own format.
+            Patterns of tensors after every step, (steps, elements), in the step's own format.
         """
         state = self._started(window)
         arrays = {name: window[name] for name in sorted({"grad", *self._known})}
-        last, run = self._run(scalars, arrays, tail, state)
+        names = self.hidden if wanted is None else wanted
+        last, run = self._run(scalars, arrays, tail, state, steps, names)
         # The window may lie in memory that the reader fills anew as soon as this returns.
-        jax.block_until_ready(run)
-        whole = steps == window["grad"].shape[0]
-        self._state = last if whole else self._put(np.array(x)[steps - 1] for x in run)
-        return dict(zip(self.hidden, run, strict=True))
+        jax.block_until_ready((last, run))
+        self._state = last
+        return run
 
     def afresh(self) -> "FreeRun":
         """Return a run of its own, not started; what was tried is not tried again."""
@@ -135,32 +140,37 @@ class FreeRun:
         arrays: Recorded,
         tail: Any,
         state: tuple[Any, ...],
-    ) -> tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]:
+        steps: int,
+        wanted: tuple[str, ...],
+    ) -> tuple[tuple[Any, ...], dict[str, jax.Array], jax.Array]:
         """Run through a window in one formulation.
 
         Each timestep is a call of its own: XLA:CPU would keep a loop within a program to one core.
 
         Returns:
-            Patterns of each hidden tensor after the last step, after every step, and the elements at which float32
-            met a subnormal number.
+            Patterns of each hidden tensor after so many steps; those of the wanted ones after every step; and the
+            elements that are infinite or NaN after so many. In float32 these are all at which a number of
+            extraordinary size was met.
         """
-        known, grad = tuple(self._known.items()), self._formats["grad"]
-        program = _step_program(self.step, self.hidden, known, grad, formulation, self._device)
         given = scalars if formulation == "float32" else widened(scalars)
-        zero, found, strays = np.uint32(0), [], self._none(arrays)
-        for k in range(arrays["grad"].shape[0]):
-            at = {name: values[k] for name, values in given.items()}
-            state, strays = program(zero, np.int32(k), at, arrays, tail, state, strays)
-            found.append(state)
-        together = _together_program(self._device)
-        return state, tuple(together(list(each)) for each in zip(*found, strict=True)), strays
+        programs = {name: self._program(name, formulation) for name in self.hidden}
+        tails = {name: tail for name in self.hidden if self.step.reads_tail(name)}
+        before, found = dict(zip(self.hidden, state, strict=True)), []
+        for k in map(np.int32, range(arrays["grad"].shape[0])):
+            at, after = {name: values[k] for name, values in given.items()}, {}
+            for name, program in programs.items():
+                own = before, dict(after)
+                after[name] = program(np.uint32(0), k, at, arrays, tails.get(name), *own)
+            found.append(after)
+            before = after
+        together, last = _together_program(self._device), tuple(found[steps - 1].values())
+        run = {name: together([after[name] for after in found]) for name in wanted}
+        formats = tuple(self.step.format_of(name) for name in self.hidden)
+        return last, run, _nonfinite_program(formats, self._device)(last)
 
-    def _none(self, arrays: Recorded) -> jax.Array:
-        """Mark no element; where the state is."""
-        elements = arrays["grad"].shape[1]
-        if self._unmarked is None or self._unmarked.shape[0] != elements:
-            self._unmarked = self._placement.put_one(np.zeros(elements, bool))
-        return self._unmarked
+    def _program(self, name: str, formulation: Formulation) -> Callable:
+        known = tuple(self.formats.items())
+        return _step_program(self.step, name, self.hidden, known, formulation, self._device)
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -178,14 +188,21 @@ class FreeRun:
         return tuple(self._placement.put_one(each) for each in state)
 
     def _run(
-        self, scalars: Scalars, arrays: Recorded, tail: Any, state: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        self,
+        scalars: Scalars,
+        arrays: Recorded,
+        tail: Any,
+        state: tuple[Any, ...],
+        steps: int,
+        wanted: tuple[str, ...],
+    ) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
         """Run in float32 where no subnormal number is met, else in float64."""
+        given = (scalars, arrays, tail, state, steps, wanted)
         if self._fast and no_subnormals(scalars):
-            *found, strays = self.through("float32", scalars, arrays, tail, state)
+            last, run, strays = self.through("float32", *given)
             if not np.asarray(strays).any():
-                return found[0], found[1]
-        return self.through("float64", scalars, arrays, tail, state)[:2]
+                return last, run
+        return self.through("float64", *given)[:2]
 
     def _start(self, name: str, window: Recorded) -> NDArray[Any]:
         """Return the first state: the recorded one where there is one, else zeros."""
@@ -240,7 +257,8 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
     try:
         placed, place = replayer.placement.put(window), replayer.placement.put_one
         start = tuple(place(each) for each in state.values())
-        _, found, strays = run.through(formulation, scalars, placed, place(tail), start)
+        given = (scalars, placed, place(tail), start, steps, run.hidden)
+        _, found, strays = run.through(formulation, *given)
         strays = np.asarray(strays)[:tried]
     except Exception as error:  # a device without float64, say, fails to compile
         return f"it does not run ({str(error).splitlines()[0][:200]})"
@@ -249,7 +267,7 @@ def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulat
     cut = {name: values[:, :tried] for name, values in window.items()}
     started = {name: values[:tried] for name, values in state.items()}
     expected = _expected(run, scalars, cut, started, tail[:tried])
-    for name, patterns in zip(run.hidden, found, strict=True):
+    for name, patterns in found.items():
         fmt = step.format_of(name)
         wrong = differ_in(np.asarray(patterns)[:, :tried], expected[name], fmt, fmt) & ~strays
         if wrong.any():
@@ -296,33 +314,54 @@ def _together_program(device: Device) -> Callable:
 
 
 @functools.lru_cache(maxsize=64)
+def _nonfinite_program(formats: tuple[Format, ...], device: Device) -> Callable:
+    """Mark the elements that are infinite or NaN in any tensor of the state."""
+
+    def whole(state: tuple[Any, ...]) -> jax.Array:
+        found = [
+            (patterns & fmt.pattern_dtype.type(fmt.sign_bit - 1))
+            >= fmt.pattern_dtype.type(fmt.infinity)
+            for patterns, fmt in zip(state, formats, strict=True)
+        ]
+        return functools.reduce(jnp.bitwise_or, found)
+
+    return compile_exactly(whole, device)
+
+
+@functools.lru_cache(maxsize=256)
 def _step_program(
     step: Step,
+    name: str,
     hidden: tuple[str, ...],
     known: tuple[tuple[str, Format], ...],
-    grad: Format,
     formulation: Formulation,
     device: Device,
 ) -> Callable:
-    """Take the hidden tensors through one timestep of a window; see `FreeRun.through`."""
+    """Take one hidden tensor through one timestep of a window; see `FreeRun.through`.
+
+    A program has one result: XLA would compute what two have in common twice. In float32 a NaN stands for what is
+    not to be trusted; whoever reads it marks it in turn, so that the last state tells of all steps.
+    """
+    formats, fmt = dict(known), step.format_of(name)
 
     def whole(
-        zero: Any, k: Any, s: Any, window: Any, tail: Any, state: Any, strays: Any
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        def at(name: str, timestep: Any) -> Any:
-            return jax.lax.dynamic_index_in_dim(window[name], timestep, keepdims=False)
-
-        ops = operations_of(formulation, zero, flushes=step.flushes)
-        x = {name: ops.decode(at(name, k), fmt) for name, fmt in known}
-        recorded = {name: ops.decode(at(name, k + 1), fmt) for name, fmt in known}
-        x["grad"] = ops.decode(at("grad", k), grad)
-        for name, patterns in zip(hidden, state, strict=True):
-            x[name] = ops.decode(patterns, step.format_of(name))
-        found = advance(step, hidden, ops, s, x | {"tail": tail}, recorded)
+        zero: Any, k: Any, s: Any, window: Any, tail: Any, before: Any, after: Any
+    ) -> jax.Array:
+        ops = operations_of(formulation, zero, flushes=step.flushes, device=device)
+        x = {}
+        for read in step.reads(name):
+            tensor, new = read.removeprefix("new_"), read.startswith("new_")
+            if tensor in hidden:
+                x[read] = ops.decode((after if new else before)[tensor], step.format_of(tensor))
+            else:
+                at = jax.lax.dynamic_index_in_dim(window[tensor], k + int(new), keepdims=False)
+                x[read] = ops.decode(at, formats[tensor])
+        found = step.replay(name, ops, s, x | {"tail": tail})
+        patterns = ops.encode(found, fmt)
         if isinstance(ops, Float32Operations):
-            for value in (*x.values(), *recorded.values(), *found.values()):
+            for value in (*x.values(), found):
                 ops.watch(value)
-            strays |= ops.strays
-        return tuple(ops.encode(found[name], step.format_of(name)) for name in hidden), strays
+            patterns = jnp.where(ops.strays, fmt.pattern_dtype.type(fmt.infinity + 1), patterns)
+        return patterns
 
     return compile_exactly(whole, device)

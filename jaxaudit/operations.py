@@ -175,13 +175,16 @@ class Float32Operations:
 
     Args:
         zero: a uint32 scalar that is 0 at run time and unknown to the compiler.
+        wide: quotients and roots are taken in float64 and rounded, where the device's own are approximations. A
+            quotient or root of float32 numbers rounded to 53 bits first is rounded to 24 as if at once (53 >= 2 *
+            24 + 2; Figueroa, "When is double rounding innocuous?", 1995).
 
     Attributes:
         strays: mask of the elements at which a subnormal number was met, so far; False for none.
     """
 
-    def __init__(self, zero: jax.Array):
-        self._zero = zero
+    def __init__(self, zero: jax.Array, *, wide: bool = False):
+        self._zero, self._wide = zero, wide
         self.strays: Any = False
         self._calls = 0
 
@@ -237,11 +240,15 @@ class Float32Operations:
         return self._mark_zero(self._guarded(a * b), _is_zero(a), _is_zero(b))
 
     def divide(self, a: Value, b: Value) -> Value:
+        if self._wide:
+            quotient = (self._widened(a) / b.astype(jnp.float64)).astype(jnp.float32)
+        else:
+            quotient = a / b
         # A look at an unguarded quotient would keep LLVM from vectorising the division.
-        return self._mark_zero(self._guarded(a / b), _is_zero(a), _is_infinite(b))
+        return self._mark_zero(self._guarded(quotient), _is_zero(a), _is_infinite(b))
 
     def sqrt(self, a: Value) -> Value:
-        return jnp.sqrt(a)
+        return jnp.sqrt(self._widened(a)).astype(jnp.float32) if self._wide else jnp.sqrt(a)
 
     def mkl_amd_sqrt(self, a: Value) -> Value:
         return _mkl_amd_sqrt(self, a, _take)
@@ -280,6 +287,10 @@ class Float32Operations:
 
     def wide_fma(self, a: Value, b: Value, c: Value) -> Value:
         return a * b + c
+
+    def _widened(self, a: Value) -> Value:
+        """Return a float64 value of which the compiler does not know that it is one of float32."""
+        return _guarded64(a.astype(jnp.float64), self._zero)
 
     def _guarded(self, value: Value) -> Value:
         """Return a value that the compiler cannot connect with the operation that it came from."""
@@ -488,19 +499,32 @@ def numpy_operations(*, flushes: bool = False) -> NumpyOperations:
     return FlushingNumpyOperations() if flushes else NumpyOperations()
 
 
+def approximates(device: Device) -> bool:
+    """Tell whether XLA's float32 quotients and roots are approximations on a device.
+
+    For NVIDIA's GPUs XLA asks for `div.full` and `sqrt.approx`; its float64 ones are correctly rounded.
+    """
+    return device.platform == "gpu"
+
+
 def operations_of(
-    formulation: Formulation, zero: jax.Array, *, flushes: bool = False
+    formulation: Formulation,
+    zero: jax.Array,
+    *,
+    flushes: bool = False,
+    device: Device | None = None,
 ) -> Operations:
     """Return XLA's operations in a formulation.
 
     Args:
         formulation: which one.
         zero: as for `Float32Operations`.
+        device: where quotients and roots are taken; none for formulas that take none.
         flushes: what is replayed took subnormal numbers for zero. In float32 there is nothing to do: these
             elements are marked in any case.
     """
     if formulation == "float32":
-        return Float32Operations(zero)
+        return Float32Operations(zero, wide=device is not None and approximates(device))
     return FlushingFloat64Operations(zero) if flushes else Float64Operations(zero)
 
 

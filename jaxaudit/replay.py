@@ -513,7 +513,7 @@ def _flags_program(
 
     def whole(zero: Any, scalars: Any, window: Any, tail: Any, target: Any) -> jax.Array:
         def one_step(s: Any, x: Any, recorded: Any) -> jax.Array:
-            ops = operations_of(formulation, zero, flushes=program.step.flushes)
+            ops = operations_of(formulation, zero, flushes=program.step.flushes, device=device)
             replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})
             patterns = ops.patterns32(replayed), ops.patterns32(recorded)
             differs = program.step.differs(program.stage, *patterns)
@@ -524,7 +524,7 @@ def _flags_program(
                 flags |= ops.strays.astype(jnp.uint8) * STRAY
             return flags
 
-        ops = operations_of(formulation, zero, flushes=program.step.flushes)
+        ops = operations_of(formulation, zero, flushes=program.step.flushes, device=device)
         values = program.values(ops, window, target.shape[0] - 1, tail)
         del values["tail"]
         # What was recorded is compared as it is, subnormal or not.
@@ -538,7 +538,7 @@ def _flags_program(
 @functools.lru_cache(maxsize=512)
 def _results_program(program: Program, formulation: Formulation, device: Device) -> Callable:
     def whole(zero: Any, scalars: Any, window: Any, tail: Any) -> jax.Array:
-        ops = operations_of(formulation, zero, flushes=program.step.flushes)
+        ops = operations_of(formulation, zero, flushes=program.step.flushes, device=device)
 
         def one_step(s: Any, x: Any) -> jax.Array:
             replayed = program.step.replay_recorded(program.stage, ops, s, x | {"tail": tail})

@@ -217,19 +217,31 @@ class Workbench:
         Asked again for the same window, it returns the same arrays.
         """
         key = (candidate, window.rows, hidden)
-        if key in self._ran and self._ran[key][0] == window.first:
-            return self._ran[key][1]
+        if key not in self._ran or self._ran[key][0] != window.first:
+            run, scalars, tail = self._run_of(candidate, hidden, window)
+            self._ran[key] = window.first, run.advance(scalars, arrays, tail, window.steps)
+        return self._ran[key][1]
+
+    def run_weights(self, candidate: Candidate, window: Window, arrays: Recorded) -> jax.Array:
+        """Run the whole state freely through the next window; return the weights after each step."""
+        state = self.step(candidate).state
+        if self.hidden(candidate) == state:  # it is run for the stages, too
+            return self.run(candidate, state, window, arrays)["param"][1:]
+        run, scalars, tail = self._run_of(candidate, state, window)
+        return run.after(scalars, arrays, tail, window.steps, ("param",))["param"]
+
+    def _run_of(
+        self, candidate: Candidate, hidden: tuple[str, ...], window: Window
+    ) -> tuple[FreeRun, Scalars, jax.Array]:
+        """Return the free run through a range of rows, with the scalars and the tail of a window."""
+        key = (candidate, window.rows, hidden)
         if key not in self._runs:
             arithmetic = candidate.arithmetic
             self._runs[key] = FreeRun(
                 self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
             )
-        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
-        self._ran[key] = (
-            window.first,
-            self._runs[key].advance(scalars, arrays, tail, window.steps),
-        )
-        return self._ran[key][1]
+        tail = self._tail(candidate, window.rows)[1]
+        return self._runs[key], self.scalars(candidate, window), tail
 
     def scalars(self, candidate: Candidate, window: Window) -> Scalars:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""

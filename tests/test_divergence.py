@@ -844,7 +844,7 @@ def test_results_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([], 2, "two files are needed"),
         (["A", ""], 2, "b: the name is empty"),
         (["A", "missing.safetensors"], 3, "cannot be opened"),
-        (["A", "."], 3, "a folder"),
+        (["A", "."], 3, "0 checkpoints found"),
         (["A", "N"], 3, "is a NetCDF file, "),
         (["N", "N", "--steps", "1:2"], 2, "--steps is for recordings"),
         (["N", "N", "--token-groups", "A"], 2, "--token-groups is for recordings"),

@@ -236,15 +236,22 @@ def test_missing_file(refused, no_work):
 
 
 def test_folder_as_recording(refused, folder, no_work):
-    assert "a folder" in refused(3, folder)
+    assert "0 checkpoints found" in refused(3, folder)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"x", b"PK\3\4" * 99, b"\x89HDF\r\n\x1a\n" * 9, b"{}" * 99]
+    "content, message",
+    [
+        (b"", "not a safetensors file"),
+        (b"x", "not a safetensors file"),
+        (b"PK\3\4" * 99, "a file of torch.save, which holds one state at most"),
+        (b"\x89HDF\r\n\x1a\n" * 9, "HDF5 cannot read it"),
+        (b"{}" * 99, "the index is not valid JSON"),
+    ],
 )
-def test_not_safetensors(refused, folder, content, no_work):
+def test_not_a_recording(refused, folder, content, message, no_work):
     (folder / "x.safetensors").write_bytes(content)
-    assert "not a safetensors file" in refused(3, "x.safetensors")
+    assert message in refused(3, "x.safetensors")
 
 
 @pytest.mark.parametrize("size", [9, 100, 1500, 30_000])

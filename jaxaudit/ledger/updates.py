@@ -19,7 +19,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import results
-from jaxaudit.comparison import BLOCK, lanes_of, sum_groups
+from jaxaudit.comparison import fold_together, sum_groups
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, FLOAT64, Format
 from jaxaudit.ledger import counting, variables
@@ -291,45 +291,6 @@ def _finite(patterns: Any, fmt: Format) -> Any:
     return (patterns & dtype(fmt.sign_bit - 1)) < dtype(fmt.infinity)
 
 
-def _fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
-    """Sum the rows of several (rows, width) arrays in one pass over memory, each in the same fixed order.
-
-    As `comparison.fold` does, until one column is left. XLA reduces several arrays at once by a plain loop for
-    each element of the result, without splitting it: the order is the one written.
-    """
-    while width > 1:
-        each = lanes_of(width)
-        parts, lanes = [], width // each * each if each else 0
-        blocks = width // BLOCK * BLOCK
-        for begin, end, shape in (
-            (0, blocks, (-1, BLOCK // max(each, 1), each)),
-            (blocks, lanes, (1, (lanes - blocks) // max(each, 1), each)),
-        ):
-            if end > begin:
-                parts.append(_added([x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]))
-        if not lanes:
-            parts.append(_added([x[:, None, :, None] for x in terms]))
-        elif width > lanes:
-            parts.append([x[:, lanes:] for x in terms])
-        terms = tuple(
-            part[0] if len(part) == 1 else jnp.concatenate(part, axis=-1)
-            for part in zip(*parts, strict=True)
-        )
-        width = terms[0].shape[1]
-    return tuple(term[:, 0] for term in terms)
-
-
-def _added(terms: list[Any]) -> list[Any]:
-    """Add up axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
-
-    def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    zeros = tuple(np.float64(0) for _ in terms)
-    found = lax.reduce(tuple(terms), zeros, add, (2,))
-    return [each.reshape(each.shape[0], -1) for each in found]
-
-
 #: Name of a tensor, its key among a window's arrays, and its format.
 _Source = tuple[str, str, Format]
 
@@ -429,7 +390,7 @@ def _sums_program(width: int, device: Device) -> Callable:
         ops = ExactOperations(zero)
         w, r = wanted.reshape(-1, width), realised.reshape(-1, width)
         products = (ops.multiply(w, w), ops.multiply(r, r), ops.multiply(w, r))
-        sums = _fold_together((w, r, jnp.abs(w), jnp.abs(r), *products), width)
+        sums = fold_together((w, r, jnp.abs(w), jnp.abs(r), *products), width)
         return tuple(each.reshape(wanted.shape[0], -1) for each in sums)
 
     return compile_exactly(whole, device)

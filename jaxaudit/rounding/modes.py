@@ -124,7 +124,7 @@ class Runner:
             for mode, options in COMPILED.items()
         }
         self._formulated = {
-            name: compile_exactly(functools.partial(_formulated, check, name), device)
+            name: compile_exactly(functools.partial(_formulated, check, name, device), device)
             for name in ("float32", "float64")
         }
         self.float32_is_exact = self._try_float32(trial)
@@ -208,10 +208,15 @@ class Runner:
 
 
 def _formulated(
-    check: Check, formulation: Formulation, zero: Any, scalars: Mapping[str, Any], *operands: Any
+    check: Check,
+    formulation: Formulation,
+    device: Device,
+    zero: Any,
+    scalars: Mapping[str, Any],
+    *operands: Any,
 ) -> tuple[Any, Any]:
     """Compute a formula as the replay does; return patterns and the mask of marked elements."""
-    ops = operations_of(formulation, zero)
+    ops = operations_of(formulation, zero, device=device)
     values = [ops.decode(p, fmt) for p, fmt in zip(operands, check.formats, strict=True)]
     value = check.formula(ops, scalars, *values)
     marked: Any = False
