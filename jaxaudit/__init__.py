@@ -16,6 +16,8 @@ _HOME = {
     "VARIANTS": "arithmetics",
     "Options": "arithmetics",
     "audit": "auditing",
+    "audit_model": "models.audits",
+    "audit_model_tree": "models.audits",
     "audit_tree": "auditing",
     "LedgerOptions": "ledger.subject",
     "compare": "divergence.runs",

@@ -16,7 +16,7 @@ from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.comparison import members_within
 from jaxaudit.devices import Backend, find_devices
 from jaxaudit.floats import FLOAT32
-from jaxaudit.identification import check_names, choose
+from jaxaudit.identification import Known, check_names, choose
 from jaxaudit.ledger import verdict
 from jaxaudit.ledger.ledger import Ledger
 from jaxaudit.ledger.subject import LedgerOptions, Subject
@@ -122,12 +122,13 @@ def audit_groups(
     window_steps: int | None = None,
     progress: Progress | None = None,
     ledger: LedgerOptions | None = _USUAL,
+    known: Sequence[Known] = (),
 ) -> dict[str, xr.Dataset]:
     """Do everything that there is to do with a recording, in one reading.
 
     Args:
         recording: the run.
-        groups: as for `audit`; so are all other arguments but the last.
+        groups: as for `audit`; so are all other arguments but the last two.
         arithmetics: which; the ledger follows the first that fits.
         backend: where JAX runs.
         devices: how many of them; the ledger uses the first.
@@ -135,6 +136,8 @@ def audit_groups(
         window_steps: steps per window.
         progress: called after each window.
         ledger: what is asked of the ledger; None for no ledger.
+        known: arithmetics that "auto" tries before the whole catalogue (`identification.fitting`). The attribute
+            `identified_by` at the root then says what the replayed ones were found by: `known` or `recording`.
 
     Returns:
         The dataset of each group of the file: under "" what `audit` returns, under "free_run" what `free_run`
@@ -144,7 +147,15 @@ def audit_groups(
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
     request = _Request(
-        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
+        recording,
+        groups,
+        arithmetics,
+        backend,
+        devices,
+        steps,
+        window_steps,
+        progress,
+        tuple(known),
     )
     return _audit(request, run_freely=True, ledger=ledger)
 
@@ -169,6 +180,7 @@ class _Request:
     steps: tuple[int, int] | None
     window_steps: int | None
     progress: Progress | None
+    known: tuple[Known, ...] = ()
 
 
 def _audit(
@@ -187,7 +199,7 @@ def _audit(
         contextlib.ExitStack() as unfinished,
     ):
         bench = Workbench(recording, devices, steps, request.window_steps)
-        choice = choose(bench, request.arithmetics)
+        choice = choose(bench, request.arithmetics, request.known)
         candidates = choice.candidates
         tables = Tables(recording, groups, len(candidates), steps)
         divergence = Divergence(bench, tables, candidates) if run_freely else None
@@ -204,6 +216,8 @@ def _audit(
         if divergence:
             divergence.keep(kept)
         found = {"": _label(bench, tables, candidates)}
+        if request.known:
+            found[""].attrs["identified_by"] = "known" if choice.known else "recording"
         if divergence:
             found["free_run"] = _label_free_run(found[""], divergence)
         if book:

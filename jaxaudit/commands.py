@@ -36,8 +36,21 @@ from jaxaudit.recording import (
 )
 from jaxaudit.replay import SelfTestError
 from jaxaudit.safetensors_file import FileError, printable
+from jaxaudit.sources.model_folder import file_name
 
 NOT_AS_EXPECTED, WRONG_USAGE, BAD_INPUT, SELF_TEST_FAILED = 1, 2, 3, 4
+
+#: What of a request must not be empty.
+_NAMES = (
+    "recording",
+    "parameter",
+    "parameters",
+    "token_groups",
+    "output",
+    "csv",
+    "plots",
+    "report",
+)
 
 #: Header of the tables, as the first analyses of such runs wrote it.
 CSV_COLUMNS = (
@@ -63,6 +76,8 @@ class AuditRequest:
     """What the command line asks for; see scripts/run_audit.py."""
 
     recording: str | None = None
+    parameter: str | None = None
+    parameters: str | None = None
     token_groups: str | None = None
     backend: Any = "auto"
     devices: int | None = None
@@ -89,17 +104,11 @@ def run_audit(request: AuditRequest, progress: auditing.Progress | None = None) 
         Failure: anything that people can mend.
     """
     with failures():
-        refuse_empty_names(
-            request, ("recording", "token_groups", "output", "csv", "plots", "report")
-        )
-        wanted, ledger = _wanted_arithmetics(request), _wanted_ledger(request)
-        keep_freed_memory()
-        keep_programs()
-        find_devices(request.backend, request.devices)  # before any file is opened
+        wanted, ledger = begin(request)
         with _open(request) as recording:
             groups = _groups(request, recording)
             steps = _steps(request, recording)
-            output = Path(request.output or Path("results") / f"{recording.path.stem}.nc")
+            output = Path(request.output or Path("results") / f"{_stem(request, recording)}.nc")
             outputs = list(_outputs(request, output, groups, wanted))
             inputs = [recording.path, *filter(None, [request.token_groups])]
             check_outputs(outputs, inputs, overwrite=request.overwrite)
@@ -113,9 +122,27 @@ def run_audit(request: AuditRequest, progress: auditing.Progress | None = None) 
                 progress=progress,
                 ledger=ledger,
             )
+            lacking = _lacking(request, recording)
         writers = _writers(request, found, output)
         write_together(writers, overwrite=request.overwrite)
-    return _status(request, found[""]), _text(request, found, output)
+    return _status(request, found[""]), _text(request, found, output, lacking)
+
+
+def _lacking(request: AuditRequest, recording: Recording) -> dict[str, str]:
+    """Say what a recording made of something else does not allow; one in a file of its own shows it as it is."""
+    if request.parameter is None and not recording.path.is_dir():
+        return {}
+    return {name: why for name, why in recording.coverage().items() if why != "yes"}
+
+
+def begin(request: AuditRequest) -> tuple[list[str], LedgerOptions | None]:
+    """Check what needs no file, and set up the process; return the arithmetics and what is asked of the ledger."""
+    refuse_empty_names(request, _NAMES)
+    found = _wanted_arithmetics(request), _wanted_ledger(request)
+    keep_freed_memory()
+    keep_programs()
+    find_devices(request.backend, request.devices)  # before any file is opened
+    return found
 
 
 @contextlib.contextmanager
@@ -194,7 +221,20 @@ def _wanted_ledger(request: AuditRequest) -> LedgerOptions | None:
 
 
 def _open(request: AuditRequest) -> Recording:
-    return open_recording(request.recording or sample_paths()[0])
+    try:
+        return open_recording(request.recording or sample_paths()[0], request.parameter)
+    except FileError as error:
+        text = str(error)
+        for words in ("name one with", "Leave"):  # the library's argument is the command's option
+            text = text.replace(f"{words} parameter=", f"{words} --parameter")
+        raise FileError(text) from error
+
+
+def _stem(request: AuditRequest, recording: Recording) -> str:
+    """Name the result after the recording's file, and the parameter where that is one of several."""
+    if request.parameter is None or not recording.path.is_dir():
+        return recording.path.stem
+    return f"{recording.path.absolute().name}-{file_name(request.parameter)}"
 
 
 def _groups(request: AuditRequest, recording: Recording) -> TokenGroups:
@@ -404,7 +444,12 @@ def _status(request: AuditRequest, dataset: xr.Dataset) -> int:
     return 0 if met else NOT_AS_EXPECTED
 
 
-def _text(request: AuditRequest, found: Mapping[str, xr.Dataset], output: Path) -> str:
+def _text(
+    request: AuditRequest,
+    found: Mapping[str, xr.Dataset],
+    output: Path,
+    lacking: Mapping[str, str],
+) -> str:
     dataset, own_way = found[""], found["free_run"]
     told = json.loads(dataset.attrs.get("verdict", "[]"))
     met = request.expect is None or summary.replays_exactly(dataset, request.expect)
@@ -412,14 +457,30 @@ def _text(request: AuditRequest, found: Mapping[str, xr.Dataset], output: Path) 
         one: dict[str, Any] = summary.summarize(dataset, own_way) | {"verdict": told}
         if request.expect:
             one |= {"expected": request.expect, "expectation_met": met}
+        if lacking:
+            one["coverage"] = dict(lacking)
         return json.dumps(one | {"output": str(output)}, allow_nan=False, default=_plain)
     lines = [summary.describe(dataset, own_way)]
     lines += ["", *(each["sentence"] for each in told)] if told else []
+    lines += _lacking_lines(lacking)
     if not met:
         lines.append(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."
         )
     return "\n".join([*lines, f"Written to {printable(str(output))}"])
+
+
+def _lacking_lines(lacking: Mapping[str, str]) -> list[str]:
+    """Say together what has one reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in lacking.items():
+        reasons.setdefault(why, []).append(name)
+    lines = []
+    for why, names in reasons.items():
+        covered, reason = re.split("[:,] ", why, maxsplit=1)
+        how = "Not covered" if covered == "no" else "Covered in part"
+        lines.append(f"{how}: {', '.join(names)} ({reason})")
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -86,6 +86,40 @@ class Finding:
         return sum(audited) / max(1, len(audited) * self.compared) if audited else 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """An arithmetic that fits another recording of the same optimizer.
+
+    Attributes:
+        candidate: the arithmetic, as it was found there.
+        stored: the hyperparameters that that recording states.
+    """
+
+    candidate: Candidate
+    stored: Hyperparameters
+
+    def here(self, recording: Recording) -> Candidate | None:
+        """Return it with a recording's own hyperparameters, changed as they were found changed there.
+
+        None where the recording differs in a number that was found to be another than the stored one.
+        """
+        own, there, found = recording.hyperparameters, self.stored, self.candidate.given
+        changes: dict[str, Any] = {}
+        for name in ("learning_rate", "beta1", "beta2", "corrected_beta2", "count"):
+            if _same(getattr(found, name), getattr(there, name)):
+                continue
+            if own is None or not _same(getattr(own, name), getattr(there, name)):
+                return None
+            changes[name] = getattr(found, name)
+        if own is None:
+            return None
+        return dataclasses.replace(self.candidate, given=dataclasses.replace(own, **changes))
+
+
+def _same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+
+
 class Identifier:
     """Tries candidates on probes of one recording."""
 
@@ -123,6 +157,18 @@ class Identifier:
         """
         found = self.best(finding.candidate.arithmetic.name, unrecorded=True)
         return found if found[0].fits else [finding]
+
+    def known(self, known: Sequence[Known]) -> list[Finding]:
+        """Return those of some known arithmetics that fit, and the usual assumption; nothing where none fits."""
+        fitting: list[Finding] = []
+        for candidate in filter(None, (one.here(self._recording) for one in known)):
+            finding = self.judge(candidate)
+            if finding and finding.fits:
+                finding = self.judge(candidate, elements=_MORE_ELEMENTS)
+            if finding and finding.fits:
+                fitting.append(finding)
+        usual = fitting and USUAL_ASSUMPTION in _conceivable(self._recording)
+        return fitting + self.best(USUAL_ASSUMPTION) if usual else fitting
 
     def named(self, name: str) -> list[Finding]:
         """Find the best of a name that was asked for."""
@@ -386,29 +432,64 @@ class Choice:
         candidates: arithmetics with options. A name can come several times, with different variants; the one to
             keep is that with the fewest mismatches.
         nearest: the first of them that fits the probes, else the first; None where there is none.
+        known: arithmetics that were known beforehand fit, so the catalogue was not searched.
     """
 
     candidates: list[Candidate]
     nearest: Candidate | None
+    known: bool = False
 
 
-def choose(bench: Workbench, wanted: str | Sequence[str]) -> Choice:
-    """Turn what was asked for into arithmetics with options."""
+def fitting(
+    recording: Recording,
+    *,
+    backend: Backend = "auto",
+    steps: tuple[int, int] | None = None,
+) -> tuple[Known, ...]:
+    """Find the arithmetics that fit a few elements of a recording, for `choose` to try first on others like it.
+
+    Args:
+        recording: the run.
+        backend: where JAX runs.
+        steps: range of steps.
+
+    Returns:
+        What fits, what the metadata claim first; empty where nothing does or nothing can be replayed.
+    """
+    given, device = recording.hyperparameters, find_device(backend)
+    if given is None:
+        return ()
+    with jax.enable_x64(True), jax.default_device(device):
+        bench = Workbench(recording, (device,), check_steps(recording, steps), None)
+        return tuple(Known(f.candidate, given) for f in Identifier(bench).rank() if f.fits)
+
+
+def choose(bench: Workbench, wanted: str | Sequence[str], known: Sequence[Known] = ()) -> Choice:
+    """Turn what was asked for into arithmetics with options.
+
+    Args:
+        bench: of the recording.
+        wanted: names, "auto" or "all".
+        known: for "auto", what is tried before the whole catalogue; if one fits the probes, no other is sought.
+    """
     if bench.recording.hyperparameters is None:
         return Choice([], None)
     chosen: list[Finding] = []
+    was_known = False
     identifier = Identifier(bench)
     for name in _listed(wanted):
         if name == "auto":
-            chosen += _identified(identifier)
+            found = identifier.known(known)
+            was_known = bool(found)
+            chosen += found or _identified(identifier)
         elif name == "all":
             chosen += [f for each in CATALOGUE for f in identifier.named(each)]
         else:
             chosen += identifier.named(name)
-    fitting = [f.candidate for f in chosen if f.fits]
+    fits = [f.candidate for f in chosen if f.fits]
     every = [f.candidate for f in chosen]
     unlike = [c for k, c in enumerate(every) if not any(_alike(c, d) for d in every[:k])]
-    return Choice(unlike, next(iter(fitting + unlike), None))
+    return Choice(unlike, next(iter(fits + unlike), None), was_known)
 
 
 def _alike(one: Candidate, other: Candidate) -> bool:

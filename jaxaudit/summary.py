@@ -180,7 +180,7 @@ def _stage_table(dataset: xr.Dataset, found: dict[str, Any]) -> list[str]:
     for name, one in found["arithmetics"].items():
         counts = one["mismatch_count"].values()
         rows.append([name, *("not audited" if n is None else f"{n:,}" for n in counts)])
-    return _table(rows)
+    return as_table(rows)
 
 
 def _timestep_table(found: dict[str, Any]) -> list[str]:
@@ -200,7 +200,7 @@ def _timestep_table(found: dict[str, Any]) -> list[str]:
             if key in one and (key == "exact_timesteps" or not exact):
                 rows.append([f"{name}: {title}", *(f"{one[key][g]:,}" for g in groups)])
     return (
-        _table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
+        as_table(rows) if len(rows) > 1 else ["weights: not audited (the recording has no moments)"]
     )
 
 
@@ -269,7 +269,8 @@ def _verdict(found: dict[str, Any]) -> str:
     return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}.{told}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines, columns below one another; the first is on the left."""
     widths = np.max([[len(cell) for cell in row] for row in rows], axis=0)
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

@@ -3,8 +3,10 @@
 
     python scripts/run_audit.py
     python scripts/run_audit.py run.safetensors --token-groups groups.safetensors --plots figures
+    python scripts/run_audit.py run-folder --parameters 'attn.*weight'
 
-Without a recording, the sample that ships with the package is audited. The result is a NetCDF file for
+Without a recording, the sample that ships with the package is audited. Of the folder of a whole model (with a
+recording.json), every parameter is. The result is a NetCDF file for
 xarray.open_dataset; a summary goes to stdout, progress and notices go to stderr.
 
 Exit status: 0 the audit ran; 1 --expect was not met; 2 wrong usage, or an output that cannot be written;
@@ -22,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     p = described_parser("run_audit.py", __doc__ or "")
     p.add_argument("recording", nargs="?", help="the recording (default: the sample)")
+    p.add_argument("--parameter", metavar="NAME", help="which one, of several in the source")
+    p.add_argument("--parameters", metavar="REGEX", help="of a whole model, those it is found in")
     p.add_argument("--token-groups", metavar="FILE", help="sets of tokens to count by")
     p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
     p.add_argument(
@@ -71,7 +75,8 @@ def _main(arguments: argparse.Namespace) -> int:
         from importlib.metadata import version
 
         return put(f"jaxaudit {version('jaxaudit')}", "run_audit.py")
-    from jaxaudit.commands import AuditRequest, Failure, run_audit
+    from jaxaudit.commands import AuditRequest, Failure
+    from jaxaudit.models.command import run_audit
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
     progress, close = progress_bar("replaying", "B", quiet=arguments.quiet)

@@ -1,0 +1,167 @@
+"""What scripts/run_audit.py does with the folder of a whole model, apart from parsing and printing."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import xarray as xr
+from matplotlib.figure import Figure
+
+from jaxaudit import commands, results, summary
+from jaxaudit.auditing import Progress
+from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure
+from jaxaudit.model_recording import open_model
+from jaxaudit.models import account, figures
+from jaxaudit.models.audits import ModelAudit
+from jaxaudit.models.variables import PARAMETERS
+from jaxaudit.recording import open_token_groups
+from jaxaudit.safetensors_file import FileError, printable
+from jaxaudit.sources.model_folder import INDEX
+
+
+def run_audit(request: AuditRequest, progress: Progress | None = None) -> tuple[int, str]:
+    """Audit a recording, or every parameter of a model; return the exit status and what goes to stdout.
+
+    A folder with a recording.json is a model, unless one of its parameters is asked for by name.
+
+    Raises:
+        Failure: anything that people can mend.
+    """
+    if _is_model(request) and request.parameter is None:
+        return _audit_model(request, progress)
+    if request.parameters is not None:
+        hint = (
+            "Leave --parameter out, or --parameters." if request.parameter else "Leave it out, or name one with --parameter."
+        )  # fmt: skip
+        raise Failure(
+            f"--parameters chooses several of the folder of a whole model. {hint}", WRONG_USAGE
+        )
+    return commands.run_audit(request, progress)
+
+
+def _is_model(request: AuditRequest) -> bool:
+    try:
+        path = Path(request.recording or "")
+        return bool(request.recording) and (path.name == INDEX or (path / INDEX).exists())
+    except (OSError, ValueError):  # what cannot be a path is left to those who open it
+        return False
+
+
+def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int, str]:
+    with commands.failures():
+        wanted, ledger = commands.begin(request)
+        _refuse_single(request)
+        model = open_model(request.recording or "")
+        output = Path(request.output or Path("results") / f"{model.path.absolute().name}.nc")
+        outputs = [output]
+        if request.plots:
+            outputs += [Path(request.plots) / name for name in figures.FIGURES]
+        read = [path for path in model.path.iterdir() if path.is_file()]
+        read += [Path(path) for path in filter(None, [request.token_groups])]
+        commands.check_outputs(outputs, read, overwrite=request.overwrite)
+        steps = _steps(request, model.steps)
+        groups = open_token_groups(request.token_groups) if request.token_groups else None
+        try:
+            audit = ModelAudit(
+                model,
+                groups,
+                parameters=request.parameters,
+                arithmetics=wanted,
+                backend=request.backend,
+                devices=request.devices,
+                steps=steps,
+                progress=progress,
+                ledger=ledger,
+            )
+        except FileError:
+            raise
+        except ValueError as error:
+            if not str(error).startswith(("parameters: ", "steps ")):
+                raise
+            option = "--" if str(error).startswith("parameters") else "--steps: "
+            raise Failure(f"{option}{error}", WRONG_USAGE) from error
+        run = _Run(request, audit, output)
+        commands.write_together(run.writers(), overwrite=request.overwrite)
+    return NOT_AS_EXPECTED if run.unmet else 0, run.text()
+
+
+def _refuse_single(request: AuditRequest) -> None:
+    """Refuse what is made of one recording only."""
+    for option, value in (("--csv", request.csv), ("--report", request.report)):
+        if value is not None:
+            raise Failure(
+                f"{option} is for one parameter: add --parameter NAME. The NetCDF file holds all of them.",
+                WRONG_USAGE,
+            )
+
+
+def _steps(request: AuditRequest, steps: int) -> tuple[int, int] | None:
+    if request.steps is None:
+        return None
+    first, end = commands.parse_steps(request.steps)
+    return 1 if first is None else first, steps + 1 if end is None else end
+
+
+class _Run:
+    """One audit with its outputs: what it finds is written as it comes, and only the overview is kept."""
+
+    def __init__(self, request: AuditRequest, audit: ModelAudit, output: Path):
+        self._request, self._audit, self._output = request, audit, output
+        self._overview = xr.Dataset()
+        #: Parameters that do not replay under what was expected.
+        self.unmet: list[str] = []
+
+    def writers(self) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+        """Pair each output with the function that writes it; the first does the work."""
+        yield self._output, self._write
+        for name, draw in figures.FIGURES.items() if self._request.plots else ():
+            yield (
+                Path(self._request.plots or "") / name,
+                functools.partial(self._write_figure, draw),
+            )
+
+    def text(self) -> str:
+        """Return what goes to stdout."""
+        expected, unmet = self._request.expect, self.unmet
+        ungrouped = self._audit.ungrouped
+        if self._request.json:
+            one = account.summarize(self._overview) | {"without_token_groups": ungrouped}
+            if expected:
+                one |= {
+                    "expected": expected,
+                    "expectation_met": not unmet,
+                    "not_as_expected": unmet,
+                }
+            return json.dumps(one | {"output": str(self._output)}, allow_nan=False)
+        lines = [account.describe(self._overview)]
+        if ungrouped:
+            verb = "has" if len(ungrouped) == 1 else "have"
+            lines.append(
+                f"The token groups are over other rows than {account.in_words(ungrouped)} {verb}: counted as `all` only."
+            )
+        if unmet:
+            verb = "does" if len(unmet) == 1 else "do"
+            lines.append(
+                f"Expected {expected}, but {account.in_words(unmet)} {verb} not replay bit for bit under it."
+            )
+        return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+
+    def _write(self, path: Path) -> None:
+        with results.GrowingFile(path) as file:
+            for tree in self._audit:
+                self._check(tree)
+                file.add(tree)
+            self._overview = self._audit.overview()
+            file.add({"": self._overview})
+
+    def _check(self, tree: dict[str, xr.Dataset]) -> None:
+        root = next(
+            each for name, each in tree.items() if name.count("/") == PARAMETERS.count("/") + 1
+        )
+        expected = self._request.expect
+        if expected and not summary.replays_exactly(root, expected):
+            self.unmet.append(root.attrs["parameter"])
+
+    def _write_figure(self, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
+        draw(self._overview).savefig(path, format="png", dpi=110)
