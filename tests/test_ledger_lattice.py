@@ -17,7 +17,6 @@ from recordings import small_run, write
 
 import jaxaudit
 from jaxaudit import workbench
-from jaxaudit.comparison import members_within
 from jaxaudit.devices import find_device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format, decode, encode
 from jaxaudit.ledger import clusters
@@ -28,6 +27,7 @@ from jaxaudit.ledger.variables import LATTICE
 from jaxaudit.ledger.variables import TOKENS as LIVES
 from jaxaudit.recording import TokenGroups, token_groups_of
 from jaxaudit.results import write as write_netcdf
+from jaxaudit.strips import members_within
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 MASKS = {
@@ -63,14 +63,17 @@ def run(
         groups, steps = groups or token_groups_of(recording), check_steps(recording, steps)
         bench = Workbench(recording, (device,), steps, window_steps)
         subject = Subject(bench, cast(Candidate, None), groups, steps)
-        lattice = Lattice(subject, per_token=per_token)
-        for window in bench.windows(steps):
-            seen = Seen(window, bench.put(window), members_within(groups, window.rows), aside.later)
-            lattice.take(seen)
-            aside.finish()
-            for buffer in window.tensors.values():  # the reader fills it anew
-                buffer.view(np.uint8)[:] = 0xA5
-    return lattice.lattice(), lattice.tokens()
+        lattice, alike = Lattice(subject, per_token=per_token), clusters.Clusters(subject)
+        for strip in bench.strips:
+            lattice.forget()
+            for window in bench.windows(steps, [strip]):
+                seen = Seen(window, bench.put(window), members_within(groups, window), aside.later)
+                lattice.take(seen)
+                aside.finish()
+                for buffer in window.tensors.values():  # the reader fills it anew
+                    buffer.view(np.uint8)[:] = 0xA5
+        alike.follow(lambda window: None)
+    return lattice.lattice(), lattice.tokens(alike)
 
 
 def edges(fmt: Format, *, finite: bool) -> np.ndarray:
@@ -451,7 +454,7 @@ def test_rows_are_read_only_where_hashes_are_equal() -> None:
     assert clusters.first_alike(different, never).tolist() == [0, 1, 2]
     with pytest.raises(AssertionError, match="were read"):
         clusters.first_alike(np.array([7, 3, 7], np.uint64), never)
-    followed = clusters.Clusters(3, [np.arange(3)])
+    followed = clusters.Sets(3, [np.arange(3)])
     assert followed.after(different, True, never).tolist() == [[3], [0], [0]]
     # Nothing changed: the hashes are not even looked at.
     assert followed.after(different * np.uint64(0), False, never).tolist() == [[3], [0], [0]]
@@ -562,4 +565,5 @@ def test_it_takes_the_recorded_weights_of_a_whole_recording(tmp_path: Path) -> N
     observe(write(tmp_path / "r.safetensors", tensors), observers, window_steps=2)
     want = Expected(tensors["W"][1], BFLOAT16)
     check_displacements(found[0].lattice(), want)
-    check_lives(found[0].tokens(), want)
+    alike = clusters.Clusters(found[0]._subject)
+    check_lives(found[0].tokens(alike), want)
