@@ -229,7 +229,9 @@ class Audit(contextlib.ExitStack):
             return self.datasets()
         self.publish(parts, self.tasks)
         self.merge(parts)
-        return self.datasets()
+        found = self.datasets()
+        found[""].attrs["created_at"] = parts.started_at
+        return found
 
     def publish(self, parts: Parts, names: Iterable[str]) -> None:
         """Do tasks and keep their numbers; those that are there already, whoever did them, count as done."""

@@ -16,7 +16,7 @@ from ledgers import observe
 from recordings import small_run, write
 
 import jaxaudit
-from jaxaudit import workbench
+from jaxaudit import strips
 from jaxaudit.devices import find_device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format, decode, encode
 from jaxaudit.ledger import clusters
@@ -391,11 +391,28 @@ def test_nothing_depends_on_windows_or_row_ranges(
     path = record(tmp_path / "w.safetensors", random_walk(fmt, width, finite=False), fmt)
     usual = run(path, window_steps=3)
     found = [run(path, window_steps=n) for n in windows]
-    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", -(-rows * width // 4))
-    found.append(run(path))
     for other in found:
         for a, b in zip(usual, other, strict=True):
             xr.testing.assert_identical(a, b)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", rows * width)
+    lattice, tokens = run(path)
+    xr.testing.assert_identical(tokens, usual[1])
+    xr.testing.assert_identical(
+        lattice.drop_vars("displacement_mean"), usual[0].drop_vars("displacement_mean")
+    )
+    # Sums are those of the strips, added up in their order.
+    owns = [slice(*strip.own) for strip in strips.strips_of(TOKENS, width)]
+    assert len(owns) > 1
+    for name, inside in usual[1].in_group.groupby("token_group"):
+        sums = 0.0
+        for own in owns:
+            mine = np.flatnonzero(inside.values.ravel()[own]) + own.start
+            with np.errstate(all="ignore"):
+                part = np.ascontiguousarray(lattice.displacement.values[..., mine])
+                sums = sums + part.reshape(np.prod(part.shape[:-1]), mine.size).sum(axis=1)
+        mean = (sums / inside.values.sum()).reshape(lattice.displacement_mean.shape[:-1])
+        found = lattice.displacement_mean.sel(token_group=name).values
+        np.testing.assert_array_equal(found, mean)
 
 
 def test_a_range_of_steps_has_its_own_timesteps(tmp_path: Path) -> None:
@@ -415,7 +432,7 @@ def test_a_collision_of_hashes_changes_nothing(
     factors[:, 0] *= 1 << 31  # and all that are even, or odd, there
     monkeypatch.setattr(clusters, "_factors", lambda width: factors)
     if ranges:
-        monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 5)
+        monkeypatch.setattr(strips, "STRIP_ELEMENTS", 20)
     clusters._hash_program.cache_clear()
     try:
         found = run(path, window_steps=3)
