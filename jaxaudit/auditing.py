@@ -138,6 +138,7 @@ def audit_groups(
         ledger: what is asked of the ledger; None for no ledger.
         known: arithmetics that "auto" tries before the whole catalogue (`identification.fitting`). The attribute
             `identified_by` at the root then says what the replayed ones were found by: `known` or `recording`.
+        parts: a folder that keeps what is done, for an audit that is to go on where it was interrupted.
 
     Returns:
         The dataset of each group of the file: under "" what `audit` returns, under "free_run" what `free_run`
@@ -436,5 +437,3 @@ def _check_groups(recording: Recording, groups: TokenGroups) -> None:
             f"{recording.path}: the token groups are over {groups.tokens} tokens, but the recording has "
             f"{recording.tokens}. Give the groups that belong to this recording."
         )
-
-

@@ -6,14 +6,16 @@ may work on one. A manifest says what the parts are of; a folder of anything els
 """
 
 import contextlib
+import copy
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,7 @@ class Parts:
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], *, renew: bool = False):
+        self._prefix = ""
         self.path, wanted = path, json.loads(json.dumps(dict(manifest)))
         try:
             there = self._agreed(wanted)
@@ -74,7 +77,11 @@ class Parts:
         """
         target = self._file(name)
         with _whole_file(target) as file:
-            np.savez(file, allow_pickle=False, **{_WORDS: np.frombuffer(words.encode(), np.uint8), **numbers})  # type: ignore[arg-type]
+            np.savez(
+                file,
+                allow_pickle=False,
+                **{_WORDS: np.frombuffer(words.encode(), np.uint8), **numbers},
+            )  # type: ignore[arg-type]
 
     def read(self, name: str) -> tuple[dict[str, NDArray[Any]], str]:
         """Return what `write` was given.
@@ -96,6 +103,32 @@ class Parts:
             "only this part is done anew."
         )
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Tell whether this is the one process that puts the parts together; the lock ends with the process."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another has done it, and removed the folder
+            yield False
+            return
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:  # a file system without locks
+                pass
+            yield (self.path / _MANIFEST).exists()
+        finally:
+            os.close(descriptor)
+
+    def within(self, folder: str) -> "Parts":
+        """Return the same parts, named from a folder in it."""
+        part = copy.copy(self)
+        part._prefix = f"{self._prefix}{folder}/"
+        return part
+
     def remove(self) -> None:
         """Delete the folder, once the result is written."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -106,7 +139,7 @@ class Parts:
             self.remove()
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{name}.npz"
+        return self.path / f"{self._prefix}{name}.npz"
 
     def _agreed(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest that is there, if it is of the same audit; None where there is none."""
@@ -167,7 +200,7 @@ class Parts:
 
 
 @contextlib.contextmanager
-def _whole_file(target: Path):
+def _whole_file(target: Path) -> Iterator[BinaryIO]:
     """Open a file under another name; it gets its own once everything is on the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".part-")

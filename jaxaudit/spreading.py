@@ -5,6 +5,7 @@ is lost costs its unfinished task, and no result depends on who did what.
 """
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from jaxaudit.parts import Parts
 _LOST, _LOOK = 20.0, 0.2
 
 
-class SpreadingError(ValueError):
+class SpreadingError(Exception):
     """The tasks cannot be spread, or those who did them were lost."""
 
 
@@ -80,30 +81,31 @@ def do_with_dask(
 @contextlib.contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Any]:
     try:
-        import dask
+        from dask import config
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise SpreadingError(
             'workers need dask.distributed, which is not installed: pip install "jaxaudit[distributed]".'
         ) from error
     with contextlib.ExitStack() as stack:
+        where: Any = scheduler
         # A worker that was killed is replaced; its task is not to blame before it has cost several.
-        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 10}))
+        stack.enter_context(config.set({"distributed.scheduler.allowed-failures": 10}))
         if scheduler is None:
-            scheduler = stack.enter_context(
+            where = stack.enter_context(
                 LocalCluster(
                     n_workers=workers or 1,
                     threads_per_worker=1,
                     memory_limit=0,
-                    dashboard_address=None,
-                    silence_logs="CRITICAL",
+                    dashboard_address=None,  # type: ignore[arg-type]
+                    silence_logs=logging.CRITICAL,
                 )
-            )  # type: ignore[assignment]
+            )
         try:
-            client = Client(scheduler, timeout=_LOST, set_as_default=False)
+            client = Client(where, timeout=_LOST, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise SpreadingError(
-                f"the scheduler {scheduler} cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+                f"the scheduler {scheduler} cannot be reached ({_first_line(error)}). "
                 "Start one with `dask scheduler`, or give --workers N."
             ) from error
         try:
@@ -125,7 +127,7 @@ def _wait(client: Any, futures: Sequence[Any], tell: Callable[[int], None]) -> N
                 error = future.exception(timeout=_LOST)
                 if isinstance(error, KilledWorker):
                     raise SpreadingError(
-                        f"a task lost one worker after the other ({str(error).splitlines()[0]}). Look whether "
+                        f"a task lost one worker after the other ({_first_line(error)}). Look whether "
                         "they run out of memory; what is done is kept."
                     )
                 raise error
@@ -150,3 +152,7 @@ def _lost() -> SpreadingError:
     return SpreadingError(
         "the connection to the scheduler was lost. What is done is kept: start a scheduler, and the same command goes on."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

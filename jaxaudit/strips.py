@@ -114,14 +114,12 @@ class Countable:
         for name, rule in self.MERGED.items():
             attribute, _, key = name.partition(".")
             found = getattr(self, attribute)
-            if key:
-                if key in found:
-                    yield name, rule, found[key]
-            elif isinstance(found, dict):
-                given = (k for k in found if f"{name}.{k}" not in self.MERGED)
-                yield from ((f"{name}.{k}", rule, found[k]) for k in given)
-            else:
+            if not isinstance(found, dict):
                 yield name, rule, found
+                continue
+            for k, array in found.items():
+                if k == key or (not key and f"{name}.{k}" not in self.MERGED):
+                    yield f"{attribute}.{k}", rule, array
 
     def _named(self) -> Iterator[tuple[str, "Countable"]]:
         for name in self.MADE_OF:
