@@ -97,7 +97,9 @@ def test_a_scheduler_that_dies_ends_the_command(tmp_path, monkeypatch):
         "--no-dashboard",
     ]
     scheduler = subprocess.Popen(
-        [*python, "--scheduler-file", tmp_path / "s.json"], stderr=subprocess.DEVNULL
+        [*python, "--scheduler-file", tmp_path / "s.json"],
+        stderr=subprocess.DEVNULL,
+        env=environment,
     )
     worker = None
     try:
