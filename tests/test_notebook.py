@@ -193,6 +193,8 @@ def test_the_analyses_run_and_so_does_the_notebook_on_the_sample(notebook, drawn
     # The map of tokens counts what the audit counts.
     lattice = xr.open_datatree(tmp_path / "results" / "full.nc")["lattice"].to_dataset()
     tokens = names["tokens"]
+    last = names["dead"].freeze_onset
+    assert int((last == 842).sum()) == 461 and int((last == 843).sum()) == 204
     for group in ("dead", "live"):
         members = np.flatnonzero(tokens.in_group.sel(token_group=group))
         within = names["regime"].isel(token=members)
