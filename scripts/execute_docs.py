@@ -230,9 +230,9 @@ def write(file: Path, content: bytes) -> None:
 def made(path: Path, *, check: bool) -> dict[Path, bytes]:
     """Run a document and return the files that come of it; with `check`, compare instead and return none."""
     if path.suffix == ".ipynb":
+        notebook = run_notebook(path)
         import nbformat
 
-        notebook = run_notebook(path)
         if check:
             check_notebook(path, notebook)
         files = {path: (nbformat.writes(notebook) + "\n").encode()}

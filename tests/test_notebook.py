@@ -233,8 +233,11 @@ def test_blocks_keep_their_lines_and_figures_are_those_shown(script, tmp_path):
         documents.run_page(page, tmp_path / "again")
 
 
-def test_wrong_documents_are_refused_in_a_line(script, tmp_path, capsys):
+def test_what_cannot_be_run_is_refused_in_a_line(script, tmp_path, capsys, monkeypatch):
     documents = script("execute_docs")
+    monkeypatch.setitem(sys.modules, "nbclient", None)  # as if it were not installed
+    assert documents.main([str(NOTEBOOK)]) == 1
+    assert capsys.readouterr().err.endswith('pip install "jaxaudit[docs]" to run notebooks.\n')
     (tmp_path / "a.txt").touch()
     for path, status, said in (
         (tmp_path / "a.txt", 2, "needed a notebook"),
