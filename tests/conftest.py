@@ -32,7 +32,20 @@ gc.set_threshold(100_000, 50, 100)
 #: Seconds of a core that the files of tests take which take most. Files stay on one worker, which compiles and
 #: records for all of their tests; the longest come first, so that all workers end together.
 _SECONDS = {
-    "test_auditing": 120,
+    "test_run_audit": 130,
+    "test_auditing": 110,
+    "test_free_run": 60,
+    "test_recorders_forms": 60,
+    "test_models": 50,
+    "test_identification": 45,
+    "test_arithmetics": 40,
+    "test_replay": 35,
+    "test_benchmark": 30,
+    "test_recorders": 30,
+    "test_preflight": 25,
+    "test_ledger_updates": 24,
+    "test_ledger_moments": 20,
+    "test_divergence": 20,
 }
 
 
