@@ -6,6 +6,7 @@ additions of their slices in a fixed order, in float64, and groups by NumPy's pa
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -117,6 +118,19 @@ class Comparison:
         )
         return tuple(np.asarray(sums) for sums in program(np.uint32(0), replayed, recorded))
 
+    def start_changes(
+        self, replayed: Any, replayed_format: Format, recorded: Any, recorded_format: Format
+    ) -> tuple[jax.Array, ...]:
+        """Start what `mismatches`, `inner_products` and `squared_norms` do, in float32, in one pass over memory.
+
+        Where a replayed value is NaN, so is its row's second sum of squares, and the other numbers mean nothing.
+
+        Returns:
+            Counts, distances, the three sums of `inner_products`, and that of `squared_norms`, each (steps, rows).
+        """
+        program = _changes_program(replayed_format, recorded_format, self._width, self._device)
+        return program(np.uint32(0), replayed, recorded)
+
     def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
         """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
 
@@ -159,6 +173,15 @@ def _change(ops: Operations, after: Any, before: Any) -> Any:
     return ops.float64(ops.subtract(after, before))
 
 
+def distance(a: Any, b: Any, fmt: Format) -> Any:
+    """Count the steps between patterns of `fmt` that are no NaNs on its ordered line, in uint32; see `floats.ordered`."""
+    wide_a, wide_b = (x.astype(jnp.uint32) << (32 - fmt.width) for x in (a, b))
+    size_a, size_b = wide_a & np.uint32(0x7FFFFFFF), wide_b & np.uint32(0x7FFFFFFF)
+    across = (wide_a ^ wide_b) >> 31 != 0
+    between = jnp.maximum(size_a, size_b) - jnp.minimum(size_a, size_b)
+    return jnp.where(across, size_a + size_b, between) >> (32 - fmt.width)
+
+
 def fold(values: Any, combine: Callable) -> Any:
     """Combine the columns of (rows, width) into a few lanes, in a fixed order; repeated, until one is left.
 
@@ -191,8 +214,12 @@ def lanes_of(width: int) -> int:
     return 16 if width >= 32 else 8 if width > 16 else 0
 
 
-def fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
+def fold_together(
+    terms: tuple[Any, ...], width: int, combines: tuple[Callable, ...] = ()
+) -> tuple[Any, ...]:
     """Sum the rows of several (rows, width) arrays in one pass over memory, each in the same fixed order.
+
+    Where it is given, `combines` has what is done to each array instead, starting from zero.
 
     As `fold` does, until one column is left. XLA reduces several arrays at once by a plain loop for
     each element of the result, without splitting it: the order is the one written.
@@ -206,9 +233,10 @@ def fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
             (blocks, lanes, (1, (lanes - blocks) // max(each, 1), each)),
         ):
             if end > begin:
-                parts.append(_added([x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]))
+                cut = [x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]
+                parts.append(_combined(cut, combines))
         if not lanes:
-            parts.append(_added([x[:, None, :, None] for x in terms]))
+            parts.append(_combined([x[:, None, :, None] for x in terms], combines))
         elif width > lanes:
             parts.append([x[:, lanes:] for x in terms])
         terms = tuple(
@@ -219,14 +247,15 @@ def fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
     return tuple(term[:, 0] for term in terms)
 
 
-def _added(terms: list[Any]) -> list[Any]:
-    """Add up axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
+def _combined(terms: list[Any], combines: tuple[Callable, ...]) -> list[Any]:
+    """Combine axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
 
-    def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
+    def both(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+        each = combines or (operator.add,) * len(terms)
+        return tuple(combine(x, y) for combine, x, y in zip(each, a, b, strict=True))
 
-    zeros = tuple(np.float64(0) for _ in terms)
-    found = lax.reduce(tuple(terms), zeros, add, (2,))
+    zeros = tuple(np.zeros((), term.dtype)[()] for term in terms)
+    found = lax.reduce(tuple(terms), zeros, both, (2,))
     return [each.reshape(each.shape[0], -1) for each in found]
 
 
@@ -336,6 +365,35 @@ def _observed_program(
             return fold((change * change).reshape(-1, width), jnp.add)
 
         return jax.vmap(one_step)(recorded[:-1], recorded[1:])
+
+    return compile_exactly(whole, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _changes_program(
+    replayed_format: Format, recorded_format: Format, width: int, device: Device
+) -> Callable:
+    def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
+        ops = operations_of("float32", zero)
+
+        def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
+            wide = widen_patterns(replayed, replayed_format)
+            differs = wide != widen_patterns(after, recorded_format)
+            same = replayed_format is recorded_format
+            narrow = replayed if same else narrow_patterns(wide, recorded_format)
+            p = ops.decode(replayed, replayed_format)
+            w, o = ops.decode(before, recorded_format), ops.decode(after, recorded_format)
+            predicted, observed = _change(ops, p, w), _change(ops, o, w)
+            difference = _change(ops, p, o)
+            terms = (
+                differs.astype(jnp.uint32), distance(narrow, after, recorded_format),
+                predicted * predicted, difference * difference, predicted * observed,
+                observed * observed,
+            )  # fmt: skip
+            combines = (operator.add, jnp.maximum, *(operator.add,) * 4)
+            return fold_together(tuple(x.reshape(-1, width) for x in terms), width, combines)
+
+        return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])
 
     return compile_exactly(whole, device)
 
