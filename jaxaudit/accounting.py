@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-
 import jax
 import numpy as np
 from numpy.typing import NDArray

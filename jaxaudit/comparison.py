@@ -6,7 +6,6 @@ additions of their slices in a fixed order, in float64, and groups by NumPy's pa
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -121,15 +120,17 @@ class Comparison:
     def start_changes(
         self, replayed: Any, replayed_format: Format, recorded: Any, recorded_format: Format
     ) -> tuple[jax.Array, ...]:
-        """Start what `mismatches`, `inner_products` and `squared_norms` do, in float32, in one pass over memory.
+        """Start what `mismatches`, `inner_products` and `squared_norms` do, in float32.
 
-        Where a replayed value is NaN, so is its row's second sum of squares, and the other numbers mean nothing.
+        A replayed value that is NaN makes its row's second sum of squares NaN.
 
         Returns:
             Counts, distances, the three sums of `inner_products`, and that of `squared_norms`, each (steps, rows).
         """
-        program = _changes_program(replayed_format, recorded_format, self._width, self._device)
-        return program(np.uint32(0), replayed, recorded)
+        formats, key = (replayed_format, recorded_format), (self._width, self._device)
+        counted = _mismatch_program(*formats, *key)(replayed, recorded)
+        products = _products_program(*formats, self._width, "float32", self._device, observed=True)
+        return (*counted, *products(np.uint32(0), replayed, recorded))
 
     def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
         """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
@@ -160,12 +161,20 @@ class Comparison:
 def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Add up (steps, rows) over each group's rows; (steps, groups), independent of the window."""
     with np.errstate(invalid="ignore", over="ignore"):  # recorded infinities and NaNs carry through
-        return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
+        return np.stack([_of_group(rows, g).sum(axis=1) for g in groups], axis=-1)
 
 
 def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Take the largest of (steps, rows) over each group's rows, 0 for none; (steps, groups)."""
-    return np.stack([rows[:, g].max(axis=1, initial=0) for g in groups], axis=-1)
+    return np.stack([_of_group(rows, g).max(axis=1, initial=0) for g in groups], axis=-1)
+
+
+def _of_group(rows: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
+    """Return a group's columns of (steps, rows), in C order: sums along it are pairwise."""
+    count = rows.shape[1]
+    if group.size == count and (group[:-1] < group[1:]).all():  # that is, all
+        return np.ascontiguousarray(rows)
+    return rows.take(group, axis=1)
 
 
 def _change(ops: Operations, after: Any, before: Any) -> Any:
@@ -214,12 +223,8 @@ def lanes_of(width: int) -> int:
     return 16 if width >= 32 else 8 if width > 16 else 0
 
 
-def fold_together(
-    terms: tuple[Any, ...], width: int, combines: tuple[Callable, ...] = ()
-) -> tuple[Any, ...]:
+def fold_together(terms: tuple[Any, ...], width: int) -> tuple[Any, ...]:
     """Sum the rows of several (rows, width) arrays in one pass over memory, each in the same fixed order.
-
-    Where it is given, `combines` has what is done to each array instead, starting from zero.
 
     As `fold` does, until one column is left. XLA reduces several arrays at once by a plain loop for
     each element of the result, without splitting it: the order is the one written.
@@ -233,10 +238,9 @@ def fold_together(
             (blocks, lanes, (1, (lanes - blocks) // max(each, 1), each)),
         ):
             if end > begin:
-                cut = [x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]
-                parts.append(_combined(cut, combines))
+                parts.append(_added([x[:, begin:end].reshape(x.shape[0], *shape) for x in terms]))
         if not lanes:
-            parts.append(_combined([x[:, None, :, None] for x in terms], combines))
+            parts.append(_added([x[:, None, :, None] for x in terms]))
         elif width > lanes:
             parts.append([x[:, lanes:] for x in terms])
         terms = tuple(
@@ -247,15 +251,14 @@ def fold_together(
     return tuple(term[:, 0] for term in terms)
 
 
-def _combined(terms: list[Any], combines: tuple[Callable, ...]) -> list[Any]:
-    """Combine axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
+def _added(terms: list[Any]) -> list[Any]:
+    """Add up axis 2 of (rows, blocks, slices, lanes), from left to right; (rows, blocks * lanes)."""
 
-    def both(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-        each = combines or (operator.add,) * len(terms)
-        return tuple(combine(x, y) for combine, x, y in zip(each, a, b, strict=True))
+    def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    zeros = tuple(np.zeros((), term.dtype)[()] for term in terms)
-    found = lax.reduce(tuple(terms), zeros, both, (2,))
+    zeros = tuple(np.float64(0) for _ in terms)
+    found = lax.reduce(tuple(terms), zeros, add, (2,))
     return [each.reshape(each.shape[0], -1) for each in found]
 
 
@@ -370,51 +373,27 @@ def _observed_program(
 
 
 @functools.lru_cache(maxsize=64)
-def _changes_program(
-    replayed_format: Format, recorded_format: Format, width: int, device: Device
-) -> Callable:
-    def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
-        ops = operations_of("float32", zero)
-
-        def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
-            wide = widen_patterns(replayed, replayed_format)
-            differs = wide != widen_patterns(after, recorded_format)
-            same = replayed_format is recorded_format
-            narrow = replayed if same else narrow_patterns(wide, recorded_format)
-            p = ops.decode(replayed, replayed_format)
-            w, o = ops.decode(before, recorded_format), ops.decode(after, recorded_format)
-            predicted, observed = _change(ops, p, w), _change(ops, o, w)
-            difference = _change(ops, p, o)
-            terms = (
-                differs.astype(jnp.uint32), distance(narrow, after, recorded_format),
-                predicted * predicted, difference * difference, predicted * observed,
-                observed * observed,
-            )  # fmt: skip
-            combines = (operator.add, jnp.maximum, *(operator.add,) * 4)
-            return fold_together(tuple(x.reshape(-1, width) for x in terms), width, combines)
-
-        return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])
-
-    return compile_exactly(whole, device)
-
-
-@functools.lru_cache(maxsize=64)
 def _products_program(
     replayed_format: Format,
     recorded_format: Format,
     width: int,
     formulation: Formulation,
     device: Device,
+    *,
+    observed: bool = False,
 ) -> Callable:
+    """Compute what `Comparison.inner_products` returns; with `observed` also the squares of the recorded change."""
+
     def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
         ops = operations_of(formulation, zero)
 
         def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
             p = ops.decode(replayed, replayed_format)
             w, o = ops.decode(before, recorded_format), ops.decode(after, recorded_format)
-            predicted, observed = _change(ops, p, w), _change(ops, o, w)
+            predicted, actual = _change(ops, p, w), _change(ops, o, w)
             difference = _change(ops, p, o)
-            terms = (predicted * predicted, difference * difference, predicted * observed)
+            terms = (predicted * predicted, difference * difference, predicted * actual)
+            terms += (actual * actual,) if observed else ()
             return fold_together(tuple(term.reshape(-1, width) for term in terms), width)
 
         return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])

@@ -268,15 +268,19 @@ def _replayed(
     team: Team, zero: Any, arrays: Sequence[Any], x: Sequence[Mapping[str, Any]], tail: Any,
     recorded: Any, device: Device,
 ) -> tuple[Any, list[Any], Any]:  # fmt: skip
-    """Replay one step; return where something is not to be trusted, each member's float32 patterns, and the recorded ones."""
+    """Replay one step; return where something is not to be trusted, each member's float32 patterns, and the recorded ones.
+
+    Of exact members only the recorded result is looked at: theirs is the same, or they are not exact.
+    """
     wide = widen_patterns(recorded, team.measured.recorded)
-    strays = (wide & np.uint32(0x7FFFFFFF)) > np.uint32(FLOAT32.infinity)
-    found = []
+    looks = Float32Operations(zero)
+    looks.watch(looks.decode(wide, FLOAT32))
+    strays, found = looks.strays, []
     for m, program in enumerate(team.members):
         ops = Float32Operations(zero, wide=approximates(device), number=m)
         scalars = team.scalars_of(m, arrays)
         value = program.step.replay_recorded(program.stage, ops, scalars, {**x[m], "tail": tail})
-        for each in (*x[m].values(), value):
+        for each in (*x[m].values(), *([] if m else [value])):
             ops.watch(each)
         strays = strays | ops.strays
         found.append(ops.patterns32(value))

@@ -79,6 +79,13 @@ class Program:
     rule: Rule = dataclasses.field(compare=False)
     name: str = dataclasses.field(compare=False)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.step, self.stage, self.inputs, self.recorded))
+
     @property
     def result(self) -> Format:
         """Format of what it computes."""

@@ -1,6 +1,5 @@
 """A recording on a device: what turns the windows of the one into programs of the other."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -47,6 +46,9 @@ WINDOWS_HELD = 2
 #: Elements of all windows from which on it is worth compiling a program for stages that are known to differ, and windows
 #: in which such a program failed after which it is not tried again.
 JOINT_ELEMENTS, _JOINT_FAILURES = 1 << 26, 2
+
+#: Windows whose scalars are kept for the next strip.
+_SCALARS_HELD = 1 << 12
 
 #: Elements of a timestep on which uncertain scalars are tried, and timesteps after whose failure no more are.
 _SETTLED, _PATIENCE = 1 << 12, 3
@@ -130,13 +132,15 @@ class Workbench:
         What was found before any strip, in identifying, is kept.
         """
         if self._first_nudges is None or self._first_differing is None:
-            self._first_nudges = copy.deepcopy(self.nudges)
+            self._first_nudges = {c: dict(found) for c, found in self.nudges.items()}
             self._first_differing = set(self.differing)
-        self.nudges = copy.deepcopy(self._first_nudges)
+        for candidate, found in self.nudges.items():
+            if found != self._first_nudges.get(candidate, {}):
+                self._scalars.pop(candidate, None)
+        self.nudges = {c: dict(found) for c, found in self._first_nudges.items()}
         self.differing = set(self._first_differing)
         for held in (
             self._hopeless,
-            self._scalars,
             self._tails,
             self._runs,
             self._ran,
@@ -303,7 +307,7 @@ class Workbench:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""
         known = self._scalars.setdefault(candidate, {})
         if window.first not in known:
-            while len(known) >= WINDOWS_HELD:
+            while len(known) >= _SCALARS_HELD:
                 del known[next(iter(known))]
             index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
             known[window.first] = self.scalars_at(candidate, index)
