@@ -173,8 +173,9 @@ class JointReplayer:
             window: recorded patterns.
             tail: the elements of a vectorised kernel's scalar loop, uint8 (elements,).
         """
-        if not all(no_subnormals(scalars) for _, scalars in members):
-            return None
+        for program, scalars in members:
+            if not no_subnormals({name: scalars[name] for name in program.scalars}):
+                return None
         team, arrays = self._team(members)
         if self._verdict(team):
             return None

@@ -112,6 +112,7 @@ class Workbench:
         self._tried_runs: dict[tuple[Candidate, tuple[str, ...]], FreeRun] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
         self._ran: dict[object, tuple[int, dict[str, jax.Array]]] = {}
+        self._keys: dict[Place, dict[Any, tuple[Any, tuple[Scalars, jax.Array]]]] = {}
         self._seen: dict[Place, dict[Any, Flags]] = {}
         self._started: dict[Place, dict[Any, jax.Array | None]] = {}
         self._hopeless: dict[Candidate, int] = {}
@@ -141,6 +142,7 @@ class Workbench:
         self.differing = set(self._first_differing)
         for held in (
             self._hopeless,
+            self._keys,
             self._tails,
             self._runs,
             self._ran,
@@ -328,6 +330,7 @@ class Workbench:
         """Set the nudges of some timesteps."""
         self.nudges.setdefault(candidate, {}).update(nudges)
         self._scalars.pop(candidate, None)
+        self._keys.clear()
 
     def tail(self, candidate: Candidate, rows: tuple[int, int]) -> NDArray[np.uint8]:
         """Mark the elements of a vectorised kernel's scalar loop, where that matters."""
@@ -480,10 +483,13 @@ class Workbench:
         self, candidate: Candidate, program: Program, window: Window
     ) -> tuple[Any, tuple[Scalars, jax.Array]]:
         """Return what the flags of a stage depend on in a window, and the scalars and tail in it."""
-        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
-        bits = tuple(scalars[name].tobytes() for name in program.scalars)
-        own = candidate if self.hidden(candidate) else None
-        return (program, bits, id(tail), own), (scalars, tail)
+        known, asked = _of_window(self._keys, window), (candidate, program.stage)
+        if asked not in known:
+            scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
+            bits = tuple(scalars[name].tobytes() for name in program.scalars)
+            own = candidate if self.hidden(candidate) else None
+            known[asked] = (program, bits, id(tail), own), (scalars, tail)
+        return known[asked]
 
     def _settle(
         self,
