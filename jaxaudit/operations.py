@@ -178,15 +178,16 @@ class Float32Operations:
         wide: quotients and roots are taken in float64 and rounded, where the device's own are approximations. A
             quotient or root of float32 numbers rounded to 53 bits first is rounded to 24 as if at once (53 >= 2 *
             24 + 2; Figueroa, "When is double rounding innocuous?", 1995).
+        number: of these operations, where a program has several: products that are fused are never one and the same.
 
     Attributes:
         strays: mask of the elements at which a subnormal number was met, so far; False for none.
     """
 
-    def __init__(self, zero: jax.Array, *, wide: bool = False):
+    def __init__(self, zero: jax.Array, *, wide: bool = False, number: int = 0):
         self._zero, self._wide = zero, wide
         self.strays: Any = False
-        self._calls = 0
+        self._calls = 8 * number
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
         if fmt is FLOAT64:
