@@ -147,7 +147,7 @@ class Comparison:
 def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Add up (steps, rows) over each group's rows; (steps, groups), independent of the window."""
     with np.errstate(invalid="ignore", over="ignore"):  # recorded infinities and NaNs carry through
-        return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
+        return np.stack([rows.take(g, axis=1).sum(axis=1) for g in groups], axis=-1)
 
 
 def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:

@@ -7,7 +7,6 @@ the compiler.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,6 +124,11 @@ class Plan:
         """Return the slot of a remedy's weight, or of its compensation."""
         return Slot(name, self.courses[r].weight, r)
 
+    def is_proved(self, slot: Slot) -> bool:
+        """Tell whether a moment after a step is the recorded one, of which each step gives proof."""
+        own = dataclasses.replace(slot, follows=NOTHING)
+        return self.is_recorded(slot) and own in self.proofs
+
     def is_recorded(self, slot: Slot) -> bool:
         """Tell whether a moment before a step is a recorded one."""
         taken = slot.follows == NOTHING and slot.recipe == self.base
@@ -141,6 +145,11 @@ class Plan:
         """Number of marks of an element (see `Changes`)."""
         expected = sum(course.chance == "expected" for course in self.courses)
         return 2 + 3 * len(self.courses) - 2 * expected
+
+    @property
+    def chances(self) -> int:
+        """Number of sums that are made of the expectation of chance."""
+        return 2 * any(course.chance == "expected" for course in self.courses)
 
     def pairs(self, own: Sequence[Value], recorded: Value) -> list[tuple[Value, Value]]:
         """Pair weights, the recorded ones first, with those that their distance is taken from."""
@@ -160,6 +169,7 @@ class Before:
         state: what the remedies carry.
         tails: for each arithmetic, the elements of a vectorised kernel's scalar loop.
         bits: 16 random bits for each element, uint32.
+        after: recorded moments after the timestep, those of `Plan.proofs`.
     """
 
     scalars: Sequence[Mapping[str, Value]]
@@ -167,14 +177,25 @@ class Before:
     state: Mapping[Slot, Value]
     tails: Sequence[Value]
     bits: Value
+    after: Mapping[str, Value]
 
 
 class Timestep:
-    """One timestep of every remedy, on values of any class of operations."""
+    """One timestep of every remedy, on values of any class of operations.
+
+    A moment that the recording proves is read as it was recorded, and computed only to be compared with that:
+    where it is another one, nothing of the timestep counts.
+
+    Attributes:
+        proofs: what is computed of each of `Plan.proofs`.
+        state: everything that is carried, after the step.
+        ahead: each remedy's weight, one step from the recorded state.
+    """
 
     def __init__(self, plan: Plan, ops: Any, before: Before):
         self.plan, self.ops, self._before = plan, ops, before
         self._moments: dict[Slot, Value] = {}
+        self.proofs = {slot: self._replay_moment(slot) for slot in plan.proofs}
         self.state = self._advance()
         self.ahead = [self._ahead(r) for r in range(len(plan.courses))]
 
@@ -202,22 +223,29 @@ class Timestep:
 
     def moment(self, slot: Slot) -> Value:
         """Return a moment after the step."""
+        if self.plan.is_proved(slot):
+            return self._before.after[slot.name]
         if self.plan.is_recorded(slot):
             slot = dataclasses.replace(slot, follows=RECORDED_STATE)
         if slot not in self._moments:
-            weight = self._before.recorded["param"]
-            if slot.follows >= 0:
-                weight = self._before.state[self.plan.own("param", slot.follows)]
-            others = [dataclasses.replace(slot, name=name) for name in MOMENTS]
-            found = self._replay(slot.name, slot.recipe, others, weight, None)
+            found = self._replay_moment(slot)
             if isinstance(self.ops, RangeOperations):  # those that are not ordinary are marked
                 found = found.within(ordinary(slot.name, self.plan.own_format(slot)))
             self._moments[slot] = found
         return self._moments[slot]
 
-    def moments(self) -> Iterator[tuple[str, Value]]:
-        """Go through all moments after the step, with their names."""
-        return ((slot.name, value) for slot, value in self._moments.items())
+    def _replay_moment(self, slot: Slot) -> Value:
+        weight = self._before.recorded["param"]
+        if slot.follows >= 0:
+            weight = self._before.state[self.plan.own("param", slot.follows)]
+        others = [dataclasses.replace(slot, name=name) for name in MOMENTS]
+        return self._replay(slot.name, slot.recipe, others, weight, None)
+
+    def results(self) -> Iterator[tuple[str, Value]]:
+        """Go through everything that was computed as a tensor of a state, with its name."""
+        yield from ((slot.name, value) for slot, value in self._moments.items())
+        others = (slot for slot in self.state if slot not in self._moments)
+        yield from ((slot.name, self.state[slot]) for slot in others)
 
     def _drawn(self, weight: Value) -> Value:
         if isinstance(self.ops, RangeOperations):
@@ -261,17 +289,17 @@ class Changes:
     chance: Value | None
 
 
-def changes(at: Timestep, before: Before, after: Mapping[str, Value], lost: Value) -> Changes:
+def changes(at: Timestep, before: Before, after: Value, lost: Value) -> Changes:
     """Compare a timestep of every remedy with the recording; NumPy or JAX.
 
     Args:
         at: the timestep.
         before: what it started from.
-        after: recorded tensors after it: the weight, and those of `Plan.proofs`.
+        after: the recorded weight after it.
         lost: where the recorded update was lost.
     """
     plan, ops, weight = at.plan, at.ops, before.recorded["param"]
-    marks, chance = [_differ(ops, after["param"], weight)], None
+    marks, chance = [_differ(ops, after, weight)], None
     for r, course in enumerate(plan.courses):
         if course.chance == "expected":
             chance = chance_of_change(ops.patterns32(at.ahead[r]), ops.patterns32(weight))
@@ -281,8 +309,8 @@ def changes(at: Timestep, before: Before, after: Mapping[str, Value], lost: Valu
         slot = plan.own("param", r)
         marks.append(_differ(ops, at.state[slot], before.state[slot]))
     wrong = [
-        floats.differ(ops.patterns32(at.moment(slot)), ops.patterns32(after[slot.name]))
-        for slot in plan.proofs
+        floats.differ(ops.patterns32(found), ops.patterns32(before.after[slot.name]))
+        for slot, found in at.proofs.items()
     ]
     marks.append(functools.reduce(lambda a, b: a | b, wrong, marks[0] & False))
     return Changes(marks, chance)
@@ -360,7 +388,8 @@ def unproven(plan: Plan, envelope: Envelope) -> frozenset[int]:
     recorded: dict[str, Range] = {name: ordinary(name, fmt) for name, fmt in formats.items()}
     state = {slot: ordinary(slot.name, plan.own_format(slot)) for slot in plan.carried}
     tails = [np.zeros(1, np.uint8)] * len(plan.steps)
-    Timestep(plan, ops, Before(scalars, recorded, state, tails, None))
+    after = {slot.name: recorded[slot.name] for slot in plan.proofs}
+    Timestep(plan, ops, Before(scalars, recorded, state, tails, None, after))
     return frozenset(ops.unproven)
 
 
@@ -402,18 +431,37 @@ def step_program(
         found = changes(at, before, after, lost)
         marks = list(found.marks)
         if isinstance(ops, SparingOperations):
-            for name, value in (*before.recorded.items(), *after.items()):
+            # What was before the step was after the one before it, or at the window's start (`start_program`).
+            given = {"grad": before.recorded["grad"], "param": after} | dict(before.after)
+            for name, value in (*given.items(), *at.results()):
                 ops.watch_size(value, name)
-            for name, value in at.moments():
-                ops.watch_size(value, name)
-            for slot, value in before.state.items():
-                ops.watch_size(value, slot.name)
             marks.append(ops.strays)
         code = _packed([mark.astype(jnp.uint32) for mark in marks], 1)
         patterns = tuple(ops.encode(at.state[s], plan.own_format(s)) for s in plan.carried)
         return patterns, code, found.chance
 
     return compile_exactly(one_step, device)
+
+
+@functools.lru_cache(maxsize=64)
+def start_program(plan: Plan, rows: int, device: Device) -> Callable:
+    """Mark the rows of a block that do not start a window with ordinary numbers alone, uint32 (rows,).
+
+    The program takes a zero, the block's first row, the inputs and the state, as `step_program`.
+    """
+    n = rows * plan.width
+
+    def whole(zero: Any, row: Any, inputs: Inputs, state: Any) -> jax.Array:
+        ops = SparingOperations(zero, frozenset())
+        for name, fmt in plan.formats:
+            if name != "grad":
+                first = lax.dynamic_slice(inputs[name], (np.int32(0), row * plan.width), (1, n))[0]
+                ops.watch_size(ops.decode(first, fmt), name)
+        for slot, patterns in zip(plan.carried, state, strict=True):
+            ops.watch_size(ops.decode(patterns, plan.own_format(slot)), slot.name)
+        return fold(ops.strays.astype(jnp.uint32).reshape(-1, plan.width), jnp.add).max(axis=-1)
+
+    return compile_exactly(whole, device)
 
 
 def _operations(formulation: Formulation, zero: Any, open_points: frozenset[int]) -> Any:
@@ -443,8 +491,8 @@ def _inputs(
     row: Any,
     inputs: Inputs,
     state: Any,
-) -> tuple[Before, dict[str, Value], Value]:
-    """Decode what a block's timestep reads: before it, after it, and where the recorded update was lost."""
+) -> tuple[Before, Value, Value]:
+    """Decode what a block's timestep reads: before it, the weight after it, and where its update was lost."""
     n, start = rows * plan.width, row * plan.width
 
     def part(values: Any) -> Any:
@@ -457,6 +505,7 @@ def _inputs(
     recorded = {name: ops.decode(cut(name, k), fmt) for name, fmt in formats.items()}
     later = dict.fromkeys(("param", *(slot.name for slot in plan.proofs)))
     after = {name: ops.decode(cut(name, k + 1), formats[name]) for name in later}
+    weight = after.pop("param")
     columns = {j: inputs["single"][k, j] for j in dict.fromkeys(alike)}
     numbers = {name: columns[j] for name, j in zip(plan.single, alike, strict=True)}
     numbers |= {name: inputs["double"][k, j] for j, name in enumerate(plan.double)}
@@ -466,8 +515,8 @@ def _inputs(
     }
     bits = random_bits(inputs["keys"][k], part(inputs["low"]), part(inputs["high"]))
     tails = [part(tail) for tail in inputs["tails"]]
-    before = Before(_by_recipe(plan, numbers), recorded, values, tails, bits)
-    return before, after, cut("lost", k) != 0
+    before = Before(_by_recipe(plan, numbers), recorded, values, tails, bits, after)
+    return before, weight, cut("lost", k) != 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -477,7 +526,8 @@ def rows_program(
     """Add up by row what `step_program` found.
 
     The program takes a zero, the step's place in the window, the block's first row, the inputs, and the three results
-    of a step. It returns counts (packed, see `unpacked`), chances and squared distances.
+    of a step. It returns two arrays, (numbers, rows): counts (packed, see `unpacked`), and `Plan.chances` chances
+    with the squared distances after them.
     """
     n = rows * plan.width
 
@@ -488,8 +538,7 @@ def rows_program(
         state, codes, chance = results
         ops = operations_of(formulation, zero)
         start = row * plan.width
-        found = [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(1) for j in range(marks)]
-        counts = [by_row(each) for each in (_packed(found, 8) if plan.width <= _PACKED else found)]
+        counts = [by_row(each) for each in _countable(codes, marks, plan.width)]
         chances = []
         if chance is not None:
             lost = lax.dynamic_slice(inputs["lost"], (k, start), (1, n))[0] != 0
@@ -500,9 +549,19 @@ def rows_program(
         own = [ops.decode(state[plan.carried.index(slot)], plan.own_format(slot)) for slot in slots]
         pairs = plan.pairs(own, ops.decode(after, plan.storage))
         distances = [_squared(ops, weight, target, zero) for weight, target in pairs]
-        return _combined(counts), *_summed(plan.width, chances, distances)
+        terms = tuple(term.reshape(-1, plan.width) for term in (*chances, *distances))
+        return jnp.stack(_combined(counts)), jnp.stack(fold_together(terms, plan.width))
 
     return compile_exactly(one_step, device)
+
+
+def _countable(codes: Sequence[Value], marks: int, width: int) -> list[Value]:
+    """Turn codes of 32 marks into words that can be added up: four marks in a byte each, where a row's counts fit."""
+    if width > _PACKED:
+        return [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(1) for j in range(marks)]
+    four = [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(15) for j in range(0, marks, 4)]
+    # Of the four products of a bit, that of its own byte's place is the only one to be kept.
+    return [(bits * np.uint32(0x00204081)) & np.uint32(0x01010101) for bits in four]
 
 
 def _squared(ops: Operations, a: Value, b: Value, zero: Value) -> Value:
@@ -519,18 +578,10 @@ def _combined(counts: list[Any]) -> list[Any]:
     return list(lax.reduce(tuple(counts), zeros, add, (1,)))
 
 
-def _summed(width: int, *kinds: list[Any]) -> list[list[Any]]:
-    """Sum several lists of float64 arrays by row, in one pass."""
-    terms = [term.reshape(-1, width) for kind in kinds for term in kind]
-    sums = iter(fold_together(tuple(terms), width))
-    return [list(itertools.islice(sums, len(kind))) for kind in kinds]
-
-
-def unpacked(counts: Sequence[NDArray[Any]], marks: int, width: int) -> NDArray[np.int32]:
-    """Return the counts of each mark, (marks, ...), of a program's packed ones."""
+def unpacked(counts: NDArray[Any], marks: int, width: int) -> NDArray[Any]:
+    """Return the counts of each mark, integers (marks, ...), of a program's packed ones, (words, ...)."""
     if width > _PACKED:
-        return np.stack(counts).astype(np.int32)
+        return counts
     # Bytes of a word, the lowest first on any machine.
-    words = np.stack(counts).astype("<u4")
-    each = words.view(np.uint8).reshape(*words.shape, 4)
-    return np.moveaxis(each, -1, 1).reshape(-1, *words.shape[1:])[:marks].astype(np.int32)
+    each = np.ascontiguousarray(counts, "<u4").view(np.uint8).reshape(*counts.shape, 4)
+    return np.moveaxis(each, -1, 1).reshape(-1, *counts.shape[1:])[:marks]
