@@ -27,6 +27,7 @@ from jaxaudit.operations import (
     Operations,
     Value,
     compile_exactly,
+    kept,
     operations_of,
 )
 from jaxaudit.steps import Step
@@ -180,11 +181,21 @@ class Before:
     after: Mapping[str, Value]
 
 
+#: Takes a slot and its value after the step.
+Keep = Callable[[Slot, Value], Value]
+
+
 class Timestep:
     """One timestep of every remedy, on values of any class of operations.
 
     A moment that the recording proves is read as it was recorded, and computed only to be compared with that:
     where it is another one, nothing of the timestep counts.
+
+    Args:
+        plan: what the remedies do.
+        ops: the operations.
+        before: what is known.
+        keep: takes everything that is carried, as soon as it is computed; what it returns is used from then on.
 
     Attributes:
         proofs: what is computed of each of `Plan.proofs`.
@@ -192,9 +203,10 @@ class Timestep:
         ahead: each remedy's weight, one step from the recorded state.
     """
 
-    def __init__(self, plan: Plan, ops: Any, before: Before):
-        self.plan, self.ops, self._before = plan, ops, before
+    def __init__(self, plan: Plan, ops: Any, before: Before, keep: Keep = lambda _, value: value):
+        self.plan, self.ops, self._before, self._keep = plan, ops, before, keep
         self._moments: dict[Slot, Value] = {}
+        self._carried = plan.carried
         self.proofs = {slot: self._replay_moment(slot) for slot in plan.proofs}
         self.state = self._advance()
         self.ahead = [self._ahead(r) for r in range(len(plan.courses))]
@@ -213,13 +225,13 @@ class Timestep:
             param, compensation = self.plan.own("param", r), self.plan.own("compensation", r)
             before, lost = self._before.state[param], self._before.state.get(compensation)
             own = course.weight, course.free, before, lost
-            weights[param] = self._replay("param", *own)
+            found = self._replay("param", *own)
+            found = self._drawn(found) if course.chance == "drawn" else found
+            weights[param] = self._keep(param, found)
             if lost is not None:
-                weights[compensation] = self._replay("compensation", *own)
-            if course.chance == "drawn":
-                weights[param] = self._drawn(weights[param])
-        carried = self.plan.carried
-        return {s: weights[s] if s in weights else self.moment(s) for s in carried}
+                found = self._replay("compensation", *own)
+                weights[compensation] = self._keep(compensation, found)
+        return {s: weights[s] if s in weights else self.moment(s) for s in self._carried}
 
     def moment(self, slot: Slot) -> Value:
         """Return a moment after the step."""
@@ -231,7 +243,7 @@ class Timestep:
             found = self._replay_moment(slot)
             if isinstance(self.ops, RangeOperations):  # those that are not ordinary are marked
                 found = found.within(ordinary(slot.name, self.plan.own_format(slot)))
-            self._moments[slot] = found
+            self._moments[slot] = self._keep(slot, found) if slot in self._carried else found
         return self._moments[slot]
 
     def _replay_moment(self, slot: Slot) -> Value:
@@ -421,26 +433,51 @@ def step_program(
     The program takes a zero, the step's place in the window, the block's first row, the inputs (`single` and
     `double` scalars, `keys`, `low` and `high` words of the elements' numbers, `tails`, `lost`, and the recorded
     tensors by name, all of the whole window), and the patterns of `Plan.carried`. It returns these after the
-    step, 32 marks for each element as one uint32, and its chance.
+    step, and what was counted by row, two arrays of (numbers, rows): counts of marks (packed, see `unpacked`), in
+    float32 one more than `Plan.marks`; and `Plan.chances` chances with the squared distances after them.
     """
 
     def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, state: Any) -> Any:
         ops = _operations(formulation, zero, open_points)
         before, after, lost = _inputs(plan, ops, alike, rows, k, row, inputs, state)
-        at = Timestep(plan, ops, before)
+        patterns: dict[Slot, Value] = {}
+
+        def keep(slot: Slot, value: Value) -> Value:
+            fmt = plan.own_format(slot)
+            patterns[slot] = kept(ops.stored(value, fmt) if sparing else ops.encode(value, fmt))
+            return ops.decode(patterns[slot], fmt)
+
+        sparing = isinstance(ops, SparingOperations)
+        at = Timestep(plan, ops, before, keep)
         found = changes(at, before, after, lost)
         marks = list(found.marks)
-        if isinstance(ops, SparingOperations):
+        if sparing:
             # What was before the step was after the one before it, or at the window's start (`start_program`).
             given = {"grad": before.recorded["grad"], "param": after} | dict(before.after)
             for name, value in (*given.items(), *at.results()):
                 ops.watch_size(value, name)
             marks.append(ops.strays)
-        code = _packed([mark.astype(jnp.uint32) for mark in marks], 1)
-        patterns = tuple(ops.encode(at.state[s], plan.own_format(s)) for s in plan.carried)
-        return patterns, code, found.chance
+        codes = [kept(code) for code in _packed([mark.astype(jnp.uint32) for mark in marks], 1)]
+        chances = [] if found.chance is None else _chances(kept(found.chance), lost)
+        counts = [_by_row(each, plan.width) for each in _countable(codes, len(marks), plan.width)]
+        own = [at.state[plan.own("param", r)] for r in range(len(plan.courses))]
+        distances = [_squared(ops, *pair, zero) for pair in plan.pairs(own, after)]
+        terms = tuple(term.reshape(-1, plan.width) for term in (*chances, *distances))
+        numbers = fold_together(terms, plan.width)
+        carried = tuple(patterns[slot] for slot in plan.carried)
+        return carried, jnp.stack(_combined(counts)), jnp.stack(numbers)
 
     return compile_exactly(one_step, device)
+
+
+def _by_row(values: Value, width: int) -> Value:
+    return fold(values.reshape(-1, width), jnp.add)
+
+
+def _chances(chance: Value, lost: Value) -> list[Value]:
+    """Return the chance to land, and that to recover."""
+    wide = chance.astype(jnp.float64)
+    return [wide, jnp.where(lost, wide, 0.0)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -459,7 +496,7 @@ def start_program(plan: Plan, rows: int, device: Device) -> Callable:
                 ops.watch_size(ops.decode(first, fmt), name)
         for slot, patterns in zip(plan.carried, state, strict=True):
             ops.watch_size(ops.decode(patterns, plan.own_format(slot)), slot.name)
-        return fold(ops.strays.astype(jnp.uint32).reshape(-1, plan.width), jnp.add).max(axis=-1)
+        return _by_row(ops.strays.astype(jnp.uint32), plan.width).max(axis=-1)
 
     return compile_exactly(whole, device)
 
@@ -514,45 +551,10 @@ def _inputs(
         for slot, patterns in zip(plan.carried, state, strict=True)
     }
     bits = random_bits(inputs["keys"][k], part(inputs["low"]), part(inputs["high"]))
+    bits = kept(bits.astype(jnp.uint16)).astype(jnp.uint32)
     tails = [part(tail) for tail in inputs["tails"]]
     before = Before(_by_recipe(plan, numbers), recorded, values, tails, bits, after)
     return before, weight, cut("lost", k) != 0
-
-
-@functools.lru_cache(maxsize=64)
-def rows_program(
-    plan: Plan, formulation: Formulation, rows: int, marks: int, device: Device
-) -> Callable:
-    """Add up by row what `step_program` found.
-
-    The program takes a zero, the step's place in the window, the block's first row, the inputs, and the three results
-    of a step. It returns two arrays, (numbers, rows): counts (packed, see `unpacked`), and `Plan.chances` chances
-    with the squared distances after them.
-    """
-    n = rows * plan.width
-
-    def by_row(values: Any) -> Any:
-        return fold(values.reshape(-1, plan.width), jnp.add)
-
-    def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, results: Any) -> Any:
-        state, codes, chance = results
-        ops = operations_of(formulation, zero)
-        start = row * plan.width
-        counts = [by_row(each) for each in _countable(codes, marks, plan.width)]
-        chances = []
-        if chance is not None:
-            lost = lax.dynamic_slice(inputs["lost"], (k, start), (1, n))[0] != 0
-            wide = chance.astype(jnp.float64)
-            chances = [wide, jnp.where(lost, wide, 0.0)]
-        after = lax.dynamic_slice(inputs["param"], (k + 1, start), (1, n))[0]
-        slots = [plan.own("param", r) for r in range(len(plan.courses))]
-        own = [ops.decode(state[plan.carried.index(slot)], plan.own_format(slot)) for slot in slots]
-        pairs = plan.pairs(own, ops.decode(after, plan.storage))
-        distances = [_squared(ops, weight, target, zero) for weight, target in pairs]
-        terms = tuple(term.reshape(-1, plan.width) for term in (*chances, *distances))
-        return jnp.stack(_combined(counts)), jnp.stack(fold_together(terms, plan.width))
-
-    return compile_exactly(one_step, device)
 
 
 def _countable(codes: Sequence[Value], marks: int, width: int) -> list[Value]:

@@ -23,7 +23,6 @@ from jaxaudit.ledger.courses import (
     Timestep,
     changes,
     random_bits,
-    rows_program,
     start_program,
     step_key,
     step_program,
@@ -140,15 +139,13 @@ class Stepper:
         marks, points = plan.marks + single, self._open[plan] if single else frozenset()
         assert self._alike is not None
         step = step_program(plan, formulation, points, self._alike, count, self._device)
-        by_row = rows_program(plan, formulation, count, marks, self._device)
         if not single:
             inputs = {**inputs, "single": np.asarray(inputs["single"], np.float64)}
         found, zero, row = [], np.uint32(0), np.int32(first)
         begin = start_program(plan, count, self._device)(zero, row, inputs, state) if single else None
         for k in map(np.int32, range(steps)):
-            results = step(zero, k, row, inputs, state)
-            state = results[0]
-            found.append(by_row(zero, k, row, inputs, results))
+            state, *counts = step(zero, k, row, inputs, state)
+            found.append(counts)
         packed, numbers = (
             np.stack([np.asarray(each) for each in kind], 1) for kind in zip(*found, strict=True)
         )
