@@ -8,33 +8,34 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.comparison import fold
-from jaxaudit.devices import Device
 from jaxaudit.floats import Format
-from jaxaudit.operations import compile_exactly
 
 #: Rows of a timestep, range by range: the first one's token, and their patterns of shape (rows, width).
 Rows = Callable[[], Iterable[tuple[int, NDArray[np.unsignedinteger]]]]
 
 
-def hash_rows(recorded: Any, fmt: Format, width: int, device: Device) -> dict[str, jax.Array]:
-    """Start to hash each row after each step, and to count the elements of it whose bits changed.
+def hashed(before: Any, after: Any, fmt: Format, width: int) -> dict[str, Any]:
+    """Return what the hashes of rows are the sums of, element by element.
 
     Args:
-        recorded: patterns, (length + 1, rows * width).
+        before: patterns before a step, (elements,).
+        after: those after it.
         fmt: their format.
         width: elements of a row.
-        device: where they are.
 
     Returns:
-        `hash0` and `hash1`, uint32, and `changed`, int32: lanes of shape (length, rows, any), to be added up.
+        `hash0` and `hash1`, uint32, and `changed`, int32, 1 where the bits are others: each (rows, width).
     """
-    return _hash_program(fmt, width, device)(recorded)
+    bits = after.astype(jnp.uint32).reshape(-1, width)
+    if fmt.width == 32:  # else two changed signs would always cancel: 2^31 times an odd factor
+        bits ^= bits >> 16
+    factors = _factors(width)
+    changed = (before != after).astype(jnp.int32).reshape(-1, width)
+    return {"hash0": bits * factors[0], "hash1": bits * factors[1], "changed": changed}
 
 
 class Clusters:
@@ -147,20 +148,3 @@ def _factors(width: int) -> NDArray[np.uint32]:
     """Draw the odd factors of two multilinear hashes; (2, width)."""
     drawn = np.random.default_rng(0).integers(0, 1 << 31, (2, width), np.uint32)
     return drawn * np.uint32(2) + np.uint32(1)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_program(fmt: Format, width: int, device: Device) -> Callable:
-    def one_step(before: Any, after: Any) -> dict[str, jax.Array]:
-        bits = after.astype(jnp.uint32).reshape(-1, width)
-        if fmt.width == 32:  # else two changed signs would always cancel: 2^31 times an odd factor
-            bits ^= bits >> 16
-        factors = _factors(width)
-        changed = (before != after).astype(jnp.int32).reshape(-1, width)
-        return {
-            "hash0": fold(bits * factors[0], jnp.add),
-            "hash1": fold(bits * factors[1], jnp.add),
-            "changed": fold(changed, jnp.add),
-        }
-
-    return compile_exactly(lambda w: jax.vmap(one_step)(w[:-1], w[1:]), device)
