@@ -394,7 +394,9 @@ def _rows_program(
 
     def whole(zero: Any, w: Any, start: Any) -> dict[str, jax.Array]:
         ops, count = operations_of("float64", zero), steps or w.shape[0] - 1
-        if count < w.shape[0] - 1:  # fused with what follows, it would keep the compiler from using vectors
+        if (
+            count < w.shape[0] - 1
+        ):  # fused with what follows, it would keep the compiler from using vectors
             w = kept(lax.dynamic_slice_in_dim(w, start, count + 1))
         lanes = jax.vmap(functools.partial(one_step, ops))(w[:-1], w[1:])
         return {name: folded(name, each) for name, each in lanes.items()}

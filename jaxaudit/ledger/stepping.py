@@ -142,7 +142,9 @@ class Stepper:
         if not single:
             inputs = {**inputs, "single": np.asarray(inputs["single"], np.float64)}
         found, zero, row = [], np.uint32(0), np.int32(first)
-        begin = start_program(plan, count, self._device)(zero, row, inputs, state) if single else None
+        begin = (
+            start_program(plan, count, self._device)(zero, row, inputs, state) if single else None
+        )
         for k in map(np.int32, range(steps)):
             state, *counts = step(zero, k, row, inputs, state)
             found.append(counts)
@@ -244,10 +246,7 @@ def in_numpy(plan: Plan, inputs: Inputs, state: State, steps: int) -> tuple[Stat
             found = changes(at, before, weight, lost)
             values = {slot: np.asarray(value, np.float32) for slot, value in at.state.items()}
             own = [values[plan.own("param", r)] for r in range(len(plan.courses))]
-            wide = [
-                [np.asarray(x, np.float64) for x in pair]
-                for pair in plan.pairs(own, weight)
-            ]
+            wide = [[np.asarray(x, np.float64) for x in pair] for pair in plan.pairs(own, weight)]
             apart = [weight - target for weight, target in wide]
             squares.append([_by_row(each * each, plan.width) for each in apart])
         marks.append(
