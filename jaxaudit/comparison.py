@@ -215,6 +215,12 @@ def fold(values: Any, combine: Callable) -> Any:
     return folded[0] if len(folded) == 1 else jnp.concatenate(folded, axis=-1)
 
 
+def larger(a: Any, b: Any) -> Any:
+    """Return the larger of two signed integers of which none is negative: `maximum` has no vector code in XLA:CPU."""
+    difference = b - a
+    return a + (difference & ~(difference >> (8 * difference.dtype.itemsize - 1)))
+
+
 def lanes_of(width: int) -> int:
     """Tell how many columns of a row of so many are combined side by side; 0: one after the other.
 

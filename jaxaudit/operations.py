@@ -535,11 +535,32 @@ def compile_exactly(function: Callable, device: Device) -> Callable:
     On CPU, XLA's algebraic simplifier would turn a division by a broadcast scalar into a multiplication
     by its reciprocal (`HandleDivide` in XLA's algebraic_simplifier.cc).
     """
-    return jax.jit(function, compiler_options=_CPU_OPTIONS if device.platform == "cpu" else None)
+    return jax.jit(function, compiler_options=_cpu_options() if device.platform == "cpu" else None)
 
 
-#: XLA uses half of AVX-512's width unless it is told otherwise; elsewhere the width is what there is.
-_CPU_OPTIONS = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_prefer_vector_width": 512}
+def kept(value: Value) -> Value:
+    """Return a value that a program computes once and keeps in memory, however often it is used.
+
+    XLA:CPU computes what several results or reductions have in common once for each of them, but where it ends in a
+    division or a root. It respects a barrier, unless the pass that takes these away runs before it looks for what to
+    compute together. Elsewhere the value is the same.
+    """
+    return lax.optimization_barrier(value)
+
+
+@functools.cache
+def _cpu_options() -> dict[str, Any]:
+    """Return the options of `compile_exactly`: barriers are left in (see `kept`) where this XLA can run them."""
+    # XLA uses half of AVX-512's width unless it is told otherwise; elsewhere the width is what there is.
+    usual = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_prefer_vector_width": 512}
+    options = usual | {"xla_disable_hlo_passes": "algsimp,cse_barrier_expander"}
+    program = jax.jit(lambda x: kept(x + 1) * 2, compiler_options=options)
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+        held = np.asarray(program(jax.device_put(np.arange(4, dtype=np.int32), host)))
+    except Exception:  # XLA's, of another version
+        return usual
+    return options if held.tolist() == [2, 4, 6, 8] else usual
 
 
 def any_bits(flags: jax.Array) -> jax.Array:
