@@ -6,6 +6,7 @@ A line `<!-- generated: NAME -->` of a page is replaced by the text of that name
 
 import argparse
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,7 +119,7 @@ def _arithmetic(variants: Sequence[Arithmetic]) -> Iterator[str]:
     one = variants[0]
     formats = [fmt.name for fmt in dict.fromkeys(f for each in variants for f in each.storages)]
     yield f"### {one.name}\n"
-    yield f"{_cell(one.summary[0].upper() + one.summary[1:])}.\n"
+    yield f"{_cell(one.summary)}.\n"
     yield f"```text\n{one.formula}\n```\n"
     yield f"![Rounding points of {one.name}]({DIAGRAM.format(one.name)})\n"
     confirmed = one.confirmed or "nothing yet; see [Limits](limits.md)"
@@ -132,9 +133,49 @@ def _arithmetic(variants: Sequence[Arithmetic]) -> Iterator[str]:
         yield f"{term}\n: {text}.\n"
 
 
+def scalars() -> str:
+    """List the scalars of a step, as the module that computes them does."""
+    module = importlib.import_module("jaxaudit.scalars")
+    return "\n".join(re.findall(r"^\* .*(?:\n  .*)*", module.__doc__ or "", re.MULTILINE))
+
+
 def _options_of(one: Arithmetic) -> Iterator[str]:
     yield from ({"decoupled": "decoupled decay", "l2": "L2 decay"}[decay] for decay in one.decays)
     yield from (name for name in ("amsgrad", "maximize") if getattr(one, name))
+
+
+def evidence() -> str:
+    """Sum up results/arithmetics.json: what was compared with real runs, by arithmetic and format."""
+    found = json.loads((ROOT / "results" / "arithmetics.json").read_text(encoding="utf-8"))
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for each in found["compared"]:
+        key = each["arithmetic"], each["format"], each["against"]
+        added = (each["recordings"], each["elements"], sum(each["different"].values()))
+        sums[key] = [a + b for a, b in zip(sums.get(key, (0, 0, 0)), added, strict=True)]
+    machine = found["machine"]
+    lines = [
+        f"{machine['cpu']} ({machine['torch_cpu_capability']}), {machine['system']}, Python {machine['python']}, "
+        f"{machine['date'][:10]}:",
+        "",
+        "| arithmetic | format | compared with | recordings | elements | mismatches |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for (name, fmt, against), counts in sorted(sums.items(), key=_place):
+        numbers = " | ".join(f"{n:,}" for n in counts)
+        lines.append(
+            f"| [{name}](adam-arithmetics.md#{name}) | {fmt} | {_cell(against)} | {numbers} |"
+        )
+    return "\n".join(lines)
+
+
+def _place(row: tuple[tuple[str, str, str], list[int]]) -> tuple[int, tuple[str, str, str]]:
+    return list(VARIANTS).index(row[0][0]), row[0]
+
+
+def unconfirmed() -> str:
+    """List the arithmetics that no real run was compared with."""
+    names = [name for name, each in VARIANTS.items() if not each[0].confirmed]
+    return "\n".join(f"- [{name}](adam-arithmetics.md#{name})" for name in names)
 
 
 def members(name: str) -> str:
@@ -160,5 +201,8 @@ _TEXTS: dict[str, Callable[..., str]] = {
     "coordinates": coordinates,
     "options": options,
     "catalogue": catalogue,
+    "scalars": scalars,
+    "evidence": evidence,
+    "unconfirmed": unconfirmed,
     "members": members,
 }

@@ -1,0 +1,370 @@
+"""The documentation: every Python block of every page runs, and every command and link on it is one that there is.
+
+The site itself is built by `.ci/run`, where a warning is an error; here its generated parts are looked at.
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import xarray as xr
+from recordings import short_run
+
+import jaxaudit
+from jaxaudit import steps
+from jaxaudit.arithmetics import CATALOGUE
+from jaxaudit.operations import NumpyOperations
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.name: path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+
+sys.path[:0] = [str(DOCS), str(ROOT / "scripts")]
+draw_docs, generated_text, step_diagrams = (
+    importlib.import_module(name) for name in ("draw_docs", "generated_text", "step_diagrams")
+)
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
+
+
+# Blocks of Python.
+
+
+class Setting(NamedTuple):
+    """What a page takes for granted, and what it must come to.
+
+    Attributes:
+        prepare: makes the files that it reads, and returns the names that its blocks use.
+        says: texts that its blocks print.
+        check: looks at the names that its blocks leave.
+        modules: what it needs to be installed.
+        alone: it runs in a process of its own, for the warnings of others.
+    """
+
+    prepare: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    says: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, Any]], object] = lambda names: None
+    modules: tuple[str, ...] = ()
+    alone: bool = False
+
+
+def audited_sample(folder: Path) -> None:
+    """Write results/sample.nc as README's command does, without what its blocks do not read."""
+    path, groups = jaxaudit.sample_paths()
+    with jaxaudit.open_recording(path) as recording:
+        tree = jaxaudit.audit_tree(recording, jaxaudit.open_token_groups(groups))
+    tree.to_netcdf(folder / "results" / "sample.nc")
+
+
+def readme_loop(folder: Path) -> dict[str, Any]:
+    """Make what README's blocks call their own: a model, an optimizer, batches, a step and a loop."""
+    import torch
+    from safetensors.numpy import save_file
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.embedding = torch.nn.Embedding(12, 8, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def training_step(batch: Any) -> float:
+        optimizer.zero_grad()
+        loss = model.embedding(batch).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def train(model: Any, optimizer: Any) -> None:
+        training_step(torch.arange(5))
+
+    audited_sample(folder)
+    save_file({"dead_mask": np.arange(12) > 5}, folder / "run-token-groups.safetensors")
+    given = {"model": model, "optimizer": optimizer, "training_step": training_step, "train": train}
+    return given | {"batches": torch.randint(6, (5, 4)), "jaxaudit": jaxaudit}
+
+
+def recorded_model(folder: Path) -> dict[str, Any]:
+    from test_sources import model
+
+    model(folder / "RUN", short_run(6))
+    return {}
+
+
+def tutorial_came_out(names: Mapping[str, Any]) -> None:
+    assert names["tree"].attrs["identified_arithmetic"].split(",")[0] == "torch-cpu-loop"
+    share = names["share"].sel(token_group="dead")
+    assert share.sel(timestep=100) == 0 and share.sel(timestep=300) > 0.99
+    assert (names["recovered"] / names["lost"]).sel(remedy="float32-master") == 1
+    assert not names["updates"].lost_count.sel(token_group="dead").any()
+
+
+def gate_holds(names: Mapping[str, Any]) -> None:
+    """Run the page's own command on the page's own recording; another name must not pass."""
+    run_audit = importlib.import_module("run_audit")
+    (command,) = [x for x in commands("continuous-integration.md") if x[:2] == ["run_audit", "run"]]
+    assert run_audit.main(command[1:]) == 0
+    assert run_audit.main([*command[1:], "--overwrite", "--expect", "torch-cuda-fused"]) == 1
+
+
+SETTINGS = {
+    "README.md": Setting(readme_loop, modules=("torch",)),
+    "tutorial.md": Setting(
+        says=("0 updates lost", "changed nothing"), check=tutorial_came_out, modules=("torch",)
+    ),
+    "continuous-integration.md": Setting(check=gate_holds, modules=("torch",)),
+    "gpu.md": Setting(says=("'tpu' is not available", "cpu 1 {")),
+    "own-data.md": Setting(
+        recorded_model,
+        says=("exp_avg yes", "3 float16", "bfloat16 yes", "((1, 2), (4, 5)) [1 2] 2")
+        + ("torch-cpu-loop", "transformer.wte.weight 6 True"),
+        modules=("torch", "h5py"),
+    ),
+    "recording.md": Setting(
+        says=("torch-cpu-fused",), modules=("torch", "transformers", "optax"), alone=True
+    ),
+    "whole-models.md": Setting(
+        check=lambda names: int(names["overview"].mismatch_total.max()) == 0 or pytest.fail(),
+        modules=("torch",),
+    ),
+    "adam-arithmetics.md": Setting(modules=("torch",)),
+}
+
+#: Pages whose blocks another test runs, with what they need.
+ELSEWHERE = {"benchmark.md": "test_benchmark.py"}
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if blocks(name) and name not in ELSEWHERE])
+def test_every_block_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    setting = SETTINGS.get(page, Setting())
+    for name in setting.modules:
+        pytest.importorskip(name)
+    (tmp_path / "results").mkdir()
+    for path in (ROOT / "results").iterdir():  # read, never written
+        (tmp_path / "results" / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    if setting.alone:
+        said, names = in_a_process("\n".join(blocks(page)), tmp_path), {}
+    else:
+        names = {"__name__": "page"} | setting.prepare(tmp_path)
+        for block in blocks(page):
+            exec(compile(block, page, "exec"), names)
+        said = capsys.readouterr().out
+    for text in setting.says:
+        assert text in said
+    setting.check(names)
+
+
+def in_a_process(program: str, folder: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_pages_that_are_run_elsewhere_are_named_there():
+    for page, test in ELSEWHERE.items():
+        assert page in (Path(__file__).with_name(test)).read_text(encoding="utf-8")
+
+
+# Commands.
+
+
+def commands(page: str) -> list[list[str]]:
+    """List the commands on a page that run a script: its name, then its arguments."""
+    found = re.findall(r"python scripts/(\w+)\.py\b *((?:\\\n|[^\n`#|>])*)", TEXTS[page])
+    return [[name, *shlex.split(rest.replace("\\\n", " "))] for name, rest in found]
+
+
+def parser_of(name: str) -> Any:
+    return generated_text.parser_of(name)
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if commands(name)])
+def test_every_command_is_one_that_its_script_takes(page: str):
+    for name, *arguments in commands(page):
+        assert (ROOT / "scripts" / f"{name}.py").exists()
+        if hasattr(importlib.import_module(name), "parser") and arguments:
+            parser_of(name).parse_args([x for x in arguments if x != "--help"])
+
+
+#: Options of other programs that pages name.
+OTHERS = {"--quiet", "--keep-going", "--xla_force_host_platform_device_count"}
+
+
+def test_every_option_that_a_page_names_is_there():
+    scripts = [
+        path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser" in path.read_text()
+    ]
+    known = {o for name in scripts for a in parser_of(name)._actions for o in a.option_strings}
+    for page, text in TEXTS.items():
+        text = re.sub(r"^.*(?:pip install|xla_|XLA_FLAGS).*$", "", text, flags=re.MULTILINE)
+        named = set(re.findall(r"(?<=[`\s(])--[a-z][a-z0-9_-]+", text))
+        assert named <= known | OTHERS, page
+
+
+# Links: on GitHub as on the site.
+
+
+def slug(heading: str) -> str:
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", lambda m: m[1] or "", heading.strip().lower())
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    text = generated_text.fill_in(page.read_text(encoding="utf-8"))
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str):
+    text = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (PAGES[page].parent / name).resolve() if name else PAGES[page]
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+# Generated parts.
+
+
+def test_every_public_name_is_in_the_reference():
+    named = " ".join(re.findall(r"<!-- generated: members (.+) -->", TEXTS["api.md"])).split()
+    assert sorted(named) == sorted(jaxaudit.__all__)
+
+
+def test_every_table_of_variables_is_in_the_reference():
+    text = generated_text.fill_in(TEXTS["dataset.md"])
+    assert "<!-- generated" not in text
+    tables = re.findall(r"<!-- generated: variables (\S+) -->", TEXTS["dataset.md"])
+    found: set[str] = set()
+    for path in sorted((ROOT / "jaxaudit").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        named = re.findall(r"^([A-Z_]+) = \{\n(?:    #.*\n)*    \"\w+\": (?:Field|_\w+)\(", path.read_text(), re.M)  # fmt: skip
+        found |= {f"{module}:{name}" for name in named if name != "COORDINATES"}
+    assert found - {name for name in found if not is_table(name)} == set(tables)
+
+
+def is_table(name: str) -> bool:
+    module, table = name.split(":")
+    values = getattr(importlib.import_module(module), table).values()
+    return all(type(each).__name__ == "Field" for each in values)
+
+
+def test_the_command_s_every_option_is_in_the_reference():
+    for name in re.findall(r"<!-- generated: options (\w+) -->", TEXTS["commands.md"]):
+        text = generated_text.options(name)
+        for action in parser_of(name)._actions:
+            for option in set(action.option_strings) - {"-h", "--help"}:
+                assert option in text or action.help == "==SUPPRESS=="
+
+
+# Diagrams.
+
+
+def test_the_kept_diagrams_are_what_the_catalogue_gives():
+    assert draw_docs.main(["--check"]) == 0
+    kept = {path.stem for path in draw_docs.FOLDER.glob("*.svg")}
+    assert kept == set(CATALOGUE)
+
+
+def test_a_diagram_that_is_out_of_date_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(draw_docs, "FOLDER", tmp_path)
+    for path, text in draw_docs.diagrams().items():
+        path.write_text(text, encoding="utf-8")
+    assert draw_docs.main(["--check"]) == 0
+    (tmp_path / "optax.svg").write_text("<svg/>")
+    assert draw_docs.main(["--check"]) == 1
+    assert capsys.readouterr().err.count("optax.svg") == 1
+
+
+def evaluated(node: Any, numbers: Mapping[str, Any]) -> Any:
+    """Compute a traced result in NumPy, rounding where its nodes say so."""
+    ops = NumpyOperations()
+    if not node.inputs:
+        constant = node.operation == "constant"
+        return np.float32(float(node.name)) if constant else numbers[node.name]
+    a, *rest = (evaluated(each, numbers) for each in node.inputs)
+    wide = node.formats[:1] == ("float64",)
+    found = {
+        "+": ops.wide_add if wide else ops.add,
+        "−": ops.subtract,
+        "×": ops.wide_multiply if wide else ops.multiply,
+        "÷": ops.divide,
+        "√": ops.sqrt,
+        "a × b + c": ops.wide_fma if wide else ops.fma,
+        "negated": ops.negate,
+        "scalar loop, or not": lambda a, b: np.where(numbers["tail"] != 0, a, b),
+    }[node.operation](a, *rest)
+    for fmt in node.formats[wide:]:
+        found = ops.narrow(found) if wide and fmt == "float32" else found
+        found = ops.round_to(found, getattr(jaxaudit.arithmetics.floats_named, fmt)) if False else rounded(ops, found, fmt)  # fmt: skip
+    return found
+
+
+def rounded(ops: NumpyOperations, values: Any, name: str) -> Any:
+    from jaxaudit import floats
+
+    fmt = {"bfloat16": floats.BFLOAT16, "float16": floats.FLOAT16, "float32": floats.FLOAT32}[name]
+    return ops.round_to(values, fmt)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_diagram_computes_what_the_step_computes(name: str):
+    """To the bit, on numbers of usual sizes: the diagram has every operation and every rounding."""
+    traced = step_diagrams.trace(CATALOGUE[name])
+    rng, ops = np.random.default_rng(5), NumpyOperations()
+    sizes = {"exp_avg": 1e-3, "exp_avg_sq": 1e-6, "grad": 1e-3, "param": 0.02, "compensation": 1e-5}
+    numbers: dict[str, Any] = {"tail": rng.integers(0, 2, 5000)}
+    for key, size in sizes.items():
+        values = rng.normal(0, size, 5000).astype(np.float32)
+        values = np.abs(values) if key == "exp_avg_sq" else values
+        fmt = traced.step.format_of(key) if key in steps.STATE else traced.step.storage
+        numbers[key] = ops.round_to(values, fmt)
+    scalars = {
+        key: values[1]
+        for key, values in step_diagrams.scalars_of(
+            traced.step,
+            traced.arithmetic.rule,
+            step_diagrams._GIVEN,
+            step_diagrams._TIMESTEPS,
+        ).items()
+    }
+    state = traced.step.advance(ops, scalars, numbers, {})
+    after = {f"new_{key}": values for key, values in state.items()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        node = step_diagrams.dataclasses.replace(traced.results[key])
+        formats = [f for f in node.formats if f not in ("bfloat16", "float16")]
+        raw = step_diagrams.dataclasses.replace(node, formats=tuple(formats))
+        after[f"unrounded {key}"] = evaluated(raw, numbers | scalars)
+    for key, node in traced.results.items():
+        np.testing.assert_array_equal(evaluated(node, numbers | scalars | after), state[key])
+
+
+def test_the_finding_is_that_of_the_sample():
+    """The figure's numbers stand in README as well, where the command's own output is."""
+    assert (draw_docs.FOLDER / "finding.png").read_bytes()[:4] == b"\x89PNG"
