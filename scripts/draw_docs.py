@@ -8,17 +8,21 @@ sample finds. The second writes nothing: it exits with 1 where a diagram is not 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import step_diagrams
+import xarray as xr
 from matplotlib.figure import Figure
 
+import jaxaudit
 from jaxaudit.arithmetics import CATALOGUE
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 
+_ASSUMED = "float32-then-bfloat16"
 _COLOURS = {"dead": "#D55E00", "live": "#0072B2"}
 
 
@@ -42,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
-    finding().savefig(FOLDER / "finding.png", dpi=150, metadata={"Software": None})
+    tree = audited_sample()
+    described = {"Software": None, "Description": json.dumps(numbers(tree))}
+    finding(tree).savefig(FOLDER / "finding.png", dpi=150, metadata=described)
     return 0
 
 
@@ -58,34 +64,42 @@ def diagrams() -> dict[Path, str]:
     }
 
 
-def finding() -> Figure:
-    """Draw what an audit of the sample finds: which arithmetic it was, and where the updates of dead tokens go."""
-    import jaxaudit
+def audited_sample() -> xr.DataTree:
+    """Audit the recording that ships with the package."""
+    path, groups = jaxaudit.sample_paths()
+    with jaxaudit.open_recording(path) as recording:
+        return jaxaudit.audit_tree(recording, jaxaudit.open_token_groups(groups), backend="cpu")
 
-    recording, groups = jaxaudit.sample_paths()
-    with jaxaudit.open_recording(recording) as opened:
-        tree = jaxaudit.audit_tree(opened, jaxaudit.open_token_groups(groups), backend="cpu")
-    root, updates = tree.to_dataset(), tree["updates"].to_dataset()
+
+def numbers(tree: xr.DataTree) -> dict[str, float]:
+    """Return what the figure says in numbers: values that differ, and percent of updates lost."""
+    found: dict[str, float] = {"values": int(tree.element_count.sel(token_group="all"))}
+    found["values"] *= tree.sizes["timestep"] * tree.sizes["stage"]
+    for name in (tree.attrs["identified_arithmetic"].split(",")[0], _ASSUMED):
+        part = tree.mismatch_count.sel(arithmetic=name, token_group="all")
+        found[name] = int(part.sum())
+    sums = tree["updates"].to_dataset().sum("timestep")
+    for group in _COLOURS:
+        one = sums.sel(token_group=group)
+        found[group] = round(100 * float(one.lost_count / one.wanted_count))
+    return found
+
+
+def finding(tree: xr.DataTree) -> Figure:
+    """Draw what an audit of the sample finds: which arithmetic it was, and where the updates of dead tokens go."""
+    root, updates, said = tree.to_dataset(), tree["updates"].to_dataset(), numbers(tree)
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    part = root.sel(token_group="dead")
-    exact = str(root.attrs["identified_arithmetic"]).split(",")[0]
-    assumed = "float32-then-bfloat16"
-    values = (
-        int(root.element_count.sel(token_group="all"))
-        * root.sizes["timestep"]
-        * root.sizes["stage"]
-    )
-    for name, colour, width in ((assumed, "#D55E00", 0.8), (exact, "#0072B2", 1.6)):
-        wrong = int(root.mismatch_count.sel(arithmetic=name, token_group="all").sum())
-        label = f"{name}: {wrong:,} of {values:,} values differ"
-        left.plot(part.timestep, part.cosine_similarity.sel(arithmetic=name), lw=width, color=colour, label=label)  # fmt: skip
+    part = root.cosine_similarity.sel(token_group="dead")
+    exact = next(name for name in said if name in CATALOGUE)
+    for name, colour, width in ((_ASSUMED, "#D55E00", 0.8), (exact, "#0072B2", 1.6)):
+        label = f"{name}: {said[name]:,} of {said['values']:,} values differ"
+        left.plot(part.timestep, part.sel(arithmetic=name), lw=width, color=colour, label=label)
     left.set(title="Replayed against recorded change, dead tokens", ylabel="cosine")
+    share = updates.lost_count / updates.wanted_count
     for group, colour in _COLOURS.items():
-        one = updates.sel(token_group=group)
-        share = one.lost_count / one.wanted_count
-        whole = float(one.lost_count.sum() / one.wanted_count.sum())
-        right.plot(one.timestep, share, lw=1.2, color=colour, label=f"{group}: {100 * whole:.0f} % over the run")  # fmt: skip
+        label = f"{group}: {said[group]} % over the run"
+        right.plot(share.timestep, share.sel(token_group=group), lw=1.2, color=colour, label=label)
     right.set(title="Wanted updates that changed no weight", ylabel="share", ylim=(-0.03, 1.03))
     for axis in (left, right):
         axis.set_xlabel("timestep")

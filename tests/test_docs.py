@@ -3,6 +3,7 @@
 The site itself is built by `.ci/run`, where a warning is an error; here its generated parts are looked at.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import xarray as xr
+from PIL import Image
 from recordings import short_run
 
 import jaxaudit
-from jaxaudit import steps
+from jaxaudit import floats, steps
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.operations import NumpyOperations
 
@@ -60,12 +61,11 @@ class Setting(NamedTuple):
     alone: bool = False
 
 
-def audited_sample(folder: Path) -> None:
-    """Write results/sample.nc as README's command does, without what its blocks do not read."""
-    path, groups = jaxaudit.sample_paths()
-    with jaxaudit.open_recording(path) as recording:
-        tree = jaxaudit.audit_tree(recording, jaxaudit.open_token_groups(groups))
+def audited_sample(folder: Path) -> Any:
+    """Write results/sample.nc, as README's command does."""
+    tree = draw_docs.audited_sample()
     tree.to_netcdf(folder / "results" / "sample.nc")
+    return tree
 
 
 def readme_loop(folder: Path) -> dict[str, Any]:
@@ -88,9 +88,10 @@ def readme_loop(folder: Path) -> dict[str, Any]:
     def train(model: Any, optimizer: Any) -> None:
         training_step(torch.arange(5))
 
-    audited_sample(folder)
+    tree = audited_sample(folder)
     save_file({"dead_mask": np.arange(12) > 5}, folder / "run-token-groups.safetensors")
     given = {"model": model, "optimizer": optimizer, "training_step": training_step, "train": train}
+    given["sample"] = tree
     return given | {"batches": torch.randint(6, (5, 4)), "jaxaudit": jaxaudit}
 
 
@@ -99,6 +100,18 @@ def recorded_model(folder: Path) -> dict[str, Any]:
 
     model(folder / "RUN", short_run(6))
     return {}
+
+
+def finding_is_that_of_the_sample(names: Mapping[str, Any]) -> None:
+    with Image.open(draw_docs.FOLDER / "finding.png") as figure:
+        said = json.loads(figure.info["Description"])
+    assert said == draw_docs.numbers(names["sample"])
+    for number in (
+        f"{said['values']:,}",
+        f"{said['float32-then-bfloat16']:,}",
+        f"{said['dead']} %",
+    ):
+        assert number in TEXTS["index.md"]
 
 
 def tutorial_came_out(names: Mapping[str, Any]) -> None:
@@ -118,7 +131,7 @@ def gate_holds(names: Mapping[str, Any]) -> None:
 
 
 SETTINGS = {
-    "README.md": Setting(readme_loop, modules=("torch",)),
+    "README.md": Setting(readme_loop, check=finding_is_that_of_the_sample, modules=("torch",)),
     "tutorial.md": Setting(
         says=("0 updates lost", "changed nothing"), check=tutorial_came_out, modules=("torch",)
     ),
@@ -302,6 +315,9 @@ def test_a_diagram_that_is_out_of_date_is_found(
     assert capsys.readouterr().err.count("optax.svg") == 1
 
 
+FORMATS = {fmt.name: fmt for fmt in floats.FORMATS.values()}
+
+
 def evaluated(node: Any, numbers: Mapping[str, Any]) -> Any:
     """Compute a traced result in NumPy, rounding where its nodes say so."""
     ops = NumpyOperations()
@@ -322,15 +338,8 @@ def evaluated(node: Any, numbers: Mapping[str, Any]) -> Any:
     }[node.operation](a, *rest)
     for fmt in node.formats[wide:]:
         found = ops.narrow(found) if wide and fmt == "float32" else found
-        found = ops.round_to(found, getattr(jaxaudit.arithmetics.floats_named, fmt)) if False else rounded(ops, found, fmt)  # fmt: skip
+        found = ops.round_to(found, FORMATS[fmt])
     return found
-
-
-def rounded(ops: NumpyOperations, values: Any, name: str) -> Any:
-    from jaxaudit import floats
-
-    fmt = {"bfloat16": floats.BFLOAT16, "float16": floats.FLOAT16, "float32": floats.FLOAT32}[name]
-    return ops.round_to(values, fmt)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -357,14 +366,9 @@ def test_a_diagram_computes_what_the_step_computes(name: str):
     state = traced.step.advance(ops, scalars, numbers, {})
     after = {f"new_{key}": values for key, values in state.items()}
     for key in ("exp_avg", "exp_avg_sq"):
-        node = step_diagrams.dataclasses.replace(traced.results[key])
+        node = traced.results[key]
         formats = [f for f in node.formats if f not in ("bfloat16", "float16")]
-        raw = step_diagrams.dataclasses.replace(node, formats=tuple(formats))
+        raw = dataclasses.replace(node, formats=tuple(formats))
         after[f"unrounded {key}"] = evaluated(raw, numbers | scalars)
     for key, node in traced.results.items():
         np.testing.assert_array_equal(evaluated(node, numbers | scalars | after), state[key])
-
-
-def test_the_finding_is_that_of_the_sample():
-    """The figure's numbers stand in README as well, where the command's own output is."""
-    assert (draw_docs.FOLDER / "finding.png").read_bytes()[:4] == b"\x89PNG"
