@@ -1,9 +1,8 @@
-"""Every form of recorder on a whole small model, audited to the bit; optax's own rules; the docs page."""
+"""Every form of recorder on a whole small model, audited to the bit; optax's own rules."""
 
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,22 +178,3 @@ def test_optax_refuses_what_it_cannot_record(tmp_path):
     with pytest.raises(FileExistsError):
         jaxaudit.record_optax(optax.adam(1e-2), tmp_path / "file", hyperparameters=NUMBERS)
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_the_page_s_snippets_run(tmp_path):
-    pytest.importorskip("transformers")
-    text = (ROOT / "docs" / "recording.md").read_text()
-    program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "torch-cpu-fused" in run.stdout
-    names = ["0.weight", "2.weight"]
-    assert sorted(p.stem for p in (tmp_path / "run").glob("*.safetensors")) == names
-    assert len(list((tmp_path / "trainer-run").glob("*.safetensors"))) == 3
-    assert len(list((tmp_path / "optax-run").glob("*.safetensors"))) == 2
