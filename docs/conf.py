@@ -34,7 +34,7 @@ smartquotes = False  # two hyphens begin an option
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!jaxaudit).*"),  # the types of other projects, whose pages are not at hand
-    (r"py:.*", r"jaxaudit\..*"),  # types that users get, but never import
+    (r"py:.*", r"(.*\.)?_\w+"),
 ]
 
 myst_enable_extensions = ["deflist", "attrs_inline"]

@@ -7,6 +7,7 @@ A line `<!-- generated: NAME -->` of a page is replaced by the text of that name
 import argparse
 import importlib
 import json
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,10 +180,15 @@ def unconfirmed() -> str:
 
 
 def members(name: str) -> str:
-    """Describe public names of the package, or everything public in one of its modules."""
+    """Describe names of the package, or everything public in one of its modules.
+
+    Names with a dot are of types that one gets and does not import.
+    """
+    for module in {each.rpartition(".")[0] for each in name.split()} - {""}:
+        importlib.import_module(f"jaxaudit.{module}")
     lines = ["```{eval-rst}"]
     for each in name.split():
-        found = getattr(jaxaudit, each)
+        found = operator.attrgetter(each)(jaxaudit)
         if type(found).__name__ == "module":
             lines += [f".. automodule:: jaxaudit.{each}", "   :members:", "   :imported-members:" if each == "recorders" else ""]  # fmt: skip
         elif isinstance(found, type):

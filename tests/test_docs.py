@@ -262,7 +262,7 @@ def test_every_link_leads_somewhere(page: str):
 
 def test_every_public_name_is_in_the_reference():
     named = " ".join(re.findall(r"<!-- generated: members (.+) -->", TEXTS["api.md"])).split()
-    assert sorted(named) == sorted(jaxaudit.__all__)
+    assert sorted(x for x in named if "." not in x) == sorted(jaxaudit.__all__)
 
 
 def test_every_table_of_variables_is_in_the_reference():
