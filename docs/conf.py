@@ -28,7 +28,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["build", "_build"]
 default_role = "code"
 highlight_language = "none"
-smartquotes = False  # two hyphens begin an option
 
 # Internal links and anchors must exist, and so must everything of this package that a docstring's types name.
 nitpicky = True
@@ -56,6 +55,8 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"jaxaudit {release}"
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
@@ -87,6 +88,10 @@ def _mark_up_docstring(app: Sphinx, what: str, name: str, found: Any, options: A
 
     Outside of code, `beta1*m` begins no emphasis and `v_` is no link. What is indented below a paragraph is code.
     """
+    if (
+        what in ("property", "attribute", "data") and lines
+    ):  # what is before a colon would be taken for a type
+        lines[0] = lines[0].replace(": ", " – ")
     last, code, marked = "", False, []
     for k, line in enumerate(lines):
         if line.strip():

@@ -212,6 +212,8 @@ def parser_of(name: str) -> Any:
 def test_every_command_is_one_that_its_script_takes(page: str):
     for name, *arguments in commands(page):
         assert (ROOT / "scripts" / f"{name}.py").exists()
+        if name.startswith("prove_"):
+            pytest.importorskip("torch")
         if hasattr(importlib.import_module(name), "parser") and arguments:
             parser_of(name).parse_args([x for x in arguments if x != "--help"])
 
@@ -221,6 +223,7 @@ OTHERS = {"--quiet", "--keep-going", "--xla_force_host_platform_device_count"}
 
 
 def test_every_option_that_a_page_names_is_there():
+    pytest.importorskip("torch")  # some scripts do nothing without it
     scripts = [
         path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser" in path.read_text()
     ]
@@ -284,6 +287,7 @@ def is_table(name: str) -> bool:
 
 
 def test_the_command_s_every_option_is_in_the_reference():
+    pytest.importorskip("torch")  # some scripts do nothing without it
     for name in re.findall(r"<!-- generated: options (\w+) -->", TEXTS["commands.md"]):
         text = generated_text.options(name)
         for action in parser_of(name)._actions:
