@@ -40,8 +40,10 @@ myst_enable_extensions = ["deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-# A notebook among the pages is run when it has changed; a cell that fails is an error.
+# A notebook kept as text is run when it has changed, and a cell that fails is an error; one that is kept with its
+# outputs is shown as it is.
 nb_execution_mode = "cache"
+nb_execution_excludepatterns = ["*.ipynb"]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 
@@ -120,7 +122,7 @@ def _fill_in(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def _exists(page: str) -> bool:
-    return Path(__file__).with_name(f"{page}.md").exists()
+    return any(Path(__file__).with_name(page + ending).exists() for ending in (".md", ".ipynb"))
 
 
 def _check_offline(app: Sphinx, failure: Exception | None) -> None:

@@ -97,6 +97,11 @@ def recorded_model(folder: Path) -> dict[str, Any]:
 
 
 def tutorial_came_out(names: Mapping[str, Any]) -> None:
+    table = TEXTS["dataset.md"].split("### Attributes")[1].split("\n#")[0]
+    told = {
+        x for row in re.findall(r"^\| (`.*?) \|", table, re.M) for x in re.findall(r"`(\w+)`", row)
+    }
+    assert told == set(names["tree"].attrs)
     assert names["tree"].attrs["identified_arithmetic"].split(",")[0] == "torch-cpu-loop"
     share = names["share"].sel(token_group="dead")
     assert share.sel(timestep=100) == 0 and share.sel(timestep=300) > 0.99
@@ -151,7 +156,7 @@ SETTINGS = {
 }
 
 #: Pages whose blocks another test runs, with what they need.
-ELSEWHERE = {"benchmark.md": "test_benchmark.py"}
+ELSEWHERE = {"analyses.md": "test_notebook.py", "benchmark.md": "test_benchmark.py"}
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if blocks(name) and name not in ELSEWHERE])
@@ -191,7 +196,7 @@ def in_a_process(program: str, folder: Path) -> str:
 
 
 def test_pages_that_are_run_elsewhere_are_named_there():
-    for page, test in ELSEWHERE.items():
+    for page, test in ((page, ELSEWHERE[page]) for page in ELSEWHERE if page in PAGES):
         assert page in (Path(__file__).with_name(test)).read_text(encoding="utf-8")
 
 
