@@ -125,6 +125,12 @@ def _exists(page: str) -> bool:
     return any(Path(__file__).with_name(page + ending).exists() for ending in (".md", ".ipynb"))
 
 
+def _list_generated(app: Sphinx, env: Any, added: Any, changed: Any, removed: Any) -> list[str]:
+    """Name the pages to read anew though their own text has not changed."""
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in Path(app.srcdir).glob("*.md")}
+    return [name for name, text in pages.items() if "<!-- generated: " in text or "?\n" in text]
+
+
 def _check_offline(app: Sphinx, failure: Exception | None) -> None:
     if failure or app.builder.format != "html":
         return
@@ -138,6 +144,7 @@ def _check_offline(app: Sphinx, failure: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect what these pages need beside the extensions."""
+    app.connect("env-get-outdated", _list_generated)
     app.connect("source-read", _fill_in)
     # Before napoleon, which makes its own markup of the text.
     app.connect("autodoc-process-docstring", _mark_up_docstring, priority=400)
