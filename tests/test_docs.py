@@ -205,7 +205,7 @@ def test_pages_that_are_run_elsewhere_are_named_there():
 
 def commands(page: str) -> list[list[str]]:
     """List the commands on a page that run a script: its name, then its arguments."""
-    found = re.findall(r"python scripts/(\w+)\.py\b *((?:\\\n|[^\n`#|>])*)", TEXTS[page])
+    found = re.findall(r"python scripts/(\w+)\.py\b *((?:\\\n|[^\n`#|>&;])*)", TEXTS[page])
     return [[name, *shlex.split(rest.replace("\\\n", " "))] for name, rest in found]
 
 
