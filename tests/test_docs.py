@@ -6,10 +6,8 @@ The site itself is built by `.ci/run`, where a warning is an error; here its gen
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,14 +49,12 @@ class Setting(NamedTuple):
         says: texts that its blocks print.
         check: looks at the names that its blocks leave, in the folder in which they ran.
         modules: what it needs to be installed.
-        alone: it runs in a process of its own, for the warnings of others.
     """
 
     prepare: Callable[[Path], dict[str, Any]] = lambda folder: {}
     says: tuple[str, ...] = ()
     check: Callable[[Mapping[str, Any]], object] = lambda names: None
     modules: tuple[str, ...] = ()
-    alone: bool = False
 
 
 def readme_loop(folder: Path) -> dict[str, Any]:
@@ -109,16 +105,6 @@ def tutorial_came_out(names: Mapping[str, Any]) -> None:
     assert not names["updates"].lost_count.sel(token_group="dead").any()
 
 
-def recorders_wrote(names: Mapping[str, Any]) -> None:
-    """One file for each parameter that the page chooses."""
-    folders = ("run", "trainer-run", "optax-run")
-    found = {
-        name: sorted(path.stem for path in Path(name).glob("*.safetensors")) for name in folders
-    }
-    assert found["run"] == ["0.weight", "2.weight"]
-    assert len(found["trainer-run"]) == 3 and len(found["optax-run"]) == 2
-
-
 def model_replays(names: Mapping[str, Any]) -> None:
     assert (names["overview"].mismatch_total <= 0).all()
 
@@ -145,18 +131,16 @@ SETTINGS = {
         + ("torch-cpu-loop", "transformer.wte.weight 6 True"),
         modules=("torch", "h5py"),
     ),
-    "recording.md": Setting(
-        says=("torch-cpu-fused",),
-        check=recorders_wrote,
-        modules=("torch", "transformers", "optax"),
-        alone=True,
-    ),
     "whole-models.md": Setting(check=model_replays, modules=("torch",)),
     "adam-arithmetics.md": Setting(modules=("torch",)),
 }
 
 #: Pages whose blocks another test runs, with what they need.
-ELSEWHERE = {"analyses.md": "test_notebook.py", "benchmark.md": "test_benchmark.py"}
+ELSEWHERE = {
+    "analyses.md": "test_notebook.py",
+    "benchmark.md": "test_benchmark.py",
+    "recording.md": "test_recorders_forms.py",
+}
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if blocks(name) and name not in ELSEWHERE])
@@ -170,33 +154,17 @@ def test_every_block_runs(
     for path in (ROOT / "results").iterdir():  # read, never written
         (tmp_path / "results" / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    if setting.alone:
-        said, names = in_a_process("\n".join(blocks(page)), tmp_path), {}
-    else:
-        names = {"__name__": "page"} | setting.prepare(tmp_path)
-        for block in blocks(page):
-            exec(compile(block, page, "exec"), names)
-        said = capsys.readouterr().out
+    names = {"__name__": "page"} | setting.prepare(tmp_path)
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), names)
+    said = capsys.readouterr().out
     for text in setting.says:
         assert text in said
     setting.check(names)
 
 
-def in_a_process(program: str, folder: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 def test_pages_that_are_run_elsewhere_are_named_there():
-    for page, test in ((page, ELSEWHERE[page]) for page in ELSEWHERE if page in PAGES):
+    for page, test in ELSEWHERE.items():
         assert page in (Path(__file__).with_name(test)).read_text(encoding="utf-8")
 
 
