@@ -4,6 +4,7 @@ The site itself is built by `.ci/run`, where a warning is an error; here its gen
 """
 
 import dataclasses
+import gc
 import importlib
 import json
 import re
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import xarray as xr
+from matplotlib import pyplot
 from PIL import Image
 from recordings import short_run
 
@@ -155,12 +158,25 @@ def test_every_block_runs(
         (tmp_path / "results" / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"} | setting.prepare(tmp_path)
-    for block in blocks(page):
-        exec(compile(block, page, "exec"), names)
-    said = capsys.readouterr().out
-    for text in setting.says:
-        assert text in said
-    setting.check(names)
+    try:
+        for block in blocks(page):
+            exec(compile(block, page, "exec"), names)
+        said = capsys.readouterr().out
+        for text in setting.says:
+            assert text in said
+        setting.check(names)
+    finally:
+        close(names)
+
+
+def close(names: dict[str, Any]) -> None:
+    """Close what a page has left open: netCDF may crash where the collector closes a file while it opens another."""
+    for value in names.values():
+        if isinstance(value, xr.Dataset | xr.DataArray | xr.DataTree):
+            value.close()
+    names.clear()
+    pyplot.close("all")
+    gc.collect()
 
 
 def test_pages_that_are_run_elsewhere_are_named_there():
