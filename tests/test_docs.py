@@ -218,7 +218,9 @@ def test_every_option_that_a_page_names_is_there():
     ]
     known = {o for name in scripts for a in parser_of(name)._actions for o in a.option_strings}
     for page, text in TEXTS.items():
-        text = re.sub(r"^.*(?:pip install|XLA_FLAGS|#SBATCH|srun |dask ).*$", "", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^.*(?:pip install|XLA_FLAGS|#SBATCH|srun |dask ).*$", "", text, flags=re.MULTILINE
+        )
         named = set(re.findall(r"(?<=[`\s(])--[a-z][a-z0-9_-]+", text))
         assert named <= known | OTHERS, page
 
