@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,21 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class ByteFile:
+class Closing:
+    """Context that closes what is open at its end; a base class."""
+
+    def close(self) -> None:
+        """Give everything back that is open."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ByteFile(Closing):
     """A regular file, open for reading by offset.
 
     Attributes:
@@ -72,12 +86,6 @@ class ByteFile:
         found = os.fstat(self._descriptor)
         self.size = found.st_size
         self.identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def __enter__(self) -> "ByteFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; reading from it afterwards fails."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit.byte_files import Closing
 from jaxaudit.floats import FORMATS, Format
 from jaxaudit.hyperparameters import Hyperparameters, StepCount, double_of_float32
 from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched, short
@@ -63,7 +64,7 @@ class Window:
         return self.first, self.first + self.steps
 
 
-class Recording:
+class Recording(Closing):
     """A recorded run, opened without loading; a context manager.
 
     Args:
@@ -116,12 +117,6 @@ class Recording:
         self.losses = self._losses()
         self.first_step = self._first_step()
         self.hyperparameters = self._hyperparameters()
-
-    def __enter__(self) -> "Recording":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""

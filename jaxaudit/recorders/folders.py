@@ -22,12 +22,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 
 from jaxaudit.recorders.writing import (
+    Finishing,
     RowLayout,
     aligned,
     bytes_of,
@@ -160,7 +160,7 @@ class ParameterLayout:
         return layout
 
 
-class FolderWriter:
+class FolderWriter(Finishing):
     """Streaming writer of a model recording; memory use does not grow with the run.
 
     A timestep counts once its line is in `steps.jsonl`; whatever was torn is written over or
@@ -330,22 +330,6 @@ class FolderWriter:
         self._closed = True
         self._close_files()
         self._lines.close()
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Finish; or remove the folder where an exception came before a step was complete."""
-        if exception is not None and not self.steps:
-            self.abort()
-        else:
-            self.close()
 
     def _growing(self, layout: ParameterLayout) -> Path:
         return self.path / f"{layout.file}.growing"

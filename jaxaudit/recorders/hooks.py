@@ -15,8 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from jaxaudit.recorders.pytorch import (
     row_index,
     step_count,
 )
-from jaxaudit.recorders.writing import RowLayout, run_metadata
+from jaxaudit.recorders.writing import Finishing, RowLayout, run_metadata
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -156,7 +155,7 @@ class Track:
         return record
 
 
-class OptimizerRecorder:
+class OptimizerRecorder(Finishing):
     """Records an optimizer through its step hooks, as `record` describes; made by `record`.
 
     The gradient is held when a step begins and read when it ends: no implementation of torch.optim
@@ -236,25 +235,9 @@ class OptimizerRecorder:
         self._detach()
         self._writer.abort()
 
-    def __enter__(self) -> Self:
-        """Return the recorder."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; or remove the folder where an exception came before a step was complete."""
-        if exception is not None and not self.steps:
-            self.abort()
-        else:
-            self.close()
-
     def _close_at_exit(self) -> None:
         if os.getpid() == self._process:  # a forked child must leave the parent's files alone
-            self.close() if self.steps else self.abort()
+            self._end()
 
     def _detach(self) -> None:
         atexit.unregister(self._close_at_exit)

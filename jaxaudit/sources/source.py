@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.byte_files import DTYPES, READERS, ByteFile, FileError, Stored, json_of, short
+from jaxaudit.byte_files import (
+    DTYPES,
+    READERS,
+    ByteFile,
+    Closing,
+    FileError,
+    Stored,
+    json_of,
+    short,
+)
 
 #: The recording's big tensors: our name for each, and its key in the source.
 TENSOR_KEYS = {
@@ -114,7 +123,7 @@ class Placed(Stored):
     offsets: NDArray[np.int64]
 
 
-class PlacedSource:
+class PlacedSource(Closing):
     """A source put together from entries in files, and arrays that are at hand.
 
     A few files are kept open; of many, each is opened for as long as it is read, and must be the same as it
@@ -155,6 +164,7 @@ class PlacedSource:
         self.tensors: Mapping[str, Stored] = {**self._placed, **shapes}
         self.size = sum(tensor.bytes for tensor in tensors.values())
         self._open: list[ByteFile] = []
+        self._pool = ThreadPoolExecutor(READERS)
         try:
             if len(self._files) <= _KEPT_OPEN:
                 for k in range(len(self._files)):
@@ -162,18 +172,10 @@ class PlacedSource:
         except BaseException:
             self.close()
             raise
-        self._pool = ThreadPoolExecutor(READERS)
-
-    def __enter__(self) -> "PlacedSource":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""
-        if hasattr(self, "_pool"):
-            self._pool.shutdown()
+        self._pool.shutdown()
         for file in self._open:
             file.close()
 
