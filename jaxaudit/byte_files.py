@@ -141,13 +141,23 @@ def _open(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) if regular else -1
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{path}: cannot be opened ({reason}). Check the path.") from error
+        raise FileError(
+            f"{path}:{_linked(path)} cannot be opened ({reason}). Check the path."
+        ) from error
     if not regular:
         what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise FileError(f"{path}: {what}. Give the .safetensors file itself.")
+        raise FileError(f"{path}:{_linked(path)} {what}. Give the .safetensors file itself.")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return descriptor
+
+
+def _linked(path: Path) -> str:
+    """Say where a link leads; nothing of what is none."""
+    try:
+        return f" a link to {short(os.readlink(path))}:"
+    except (OSError, ValueError):
+        return ""
 
 
 def halves(offset: int, buffer: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:
