@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from jaxaudit import results, stochastic
+from jaxaudit import history, results, stochastic
 from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.comparison import members_within
 from jaxaudit.devices import Backend, find_devices
@@ -222,6 +222,9 @@ def _audit(
             found["free_run"] = _label_free_run(found[""], divergence)
         if book:
             found |= book.datasets()
+        if recording.gaps:
+            found = history.told(found, recording.gaps)
+        if book:
             found[""] = _with_verdict(found, choice.nearest, exact=exact)
     return found
 

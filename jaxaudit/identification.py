@@ -364,9 +364,7 @@ class Identifier:
             yield dataclasses.replace(candidate, given=changed)
         if not self._bench.hidden(candidate):
             for count in _fitting_counts(candidate, probe, self._bench):
-                yield dataclasses.replace(
-                    candidate, given=dataclasses.replace(given, count=StepCount(first=count))
-                )
+                yield dataclasses.replace(candidate, given=_counted_from(given, count))
 
 
 def identify(
@@ -612,6 +610,7 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
     and recorded weights grows to either side of the right count, so the search narrows down to it.
     """
     timestep, step = probe.timesteps[0], bench.step(candidate)
+    number = candidate.given.count.number(timestep)
     part = slice(0, _SOUGHT)
     x = {name: v[:1, part] for name, v in probe.inputs(candidate, "param").items()}
     x["tail"] = probe.tail(candidate, step)[part]
@@ -637,11 +636,11 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
         counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
     some = {*counts.tolist(), *range(low, min(high, low + 64) + 1)}
     for unit in (10_000, 1000, 100, 10):  # a run is resumed after a round number of steps
-        before = range(-(-(low - timestep) // unit) * unit, high, unit)
-        some |= {count + timestep for count in before[:64]}
+        before = range(-(-(low - number) // unit) * unit, high, unit)
+        some |= {count + number for count in before[:64]}
     order = sorted(
-        {c for c in some if low <= c <= high and c >= timestep},
-        key=lambda c: _roundness(c - timestep),
+        {c for c in some if low <= c <= high and c >= number},
+        key=lambda c: _roundness(c - number),
     )
     differ = np.ones(len(order), bool)
     for nudge in candidate.arithmetic.nudges(candidate.given):
@@ -650,11 +649,17 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
             differ &= floats.differ(got.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
     # Of counts with the same scalars at every timestep, the roundest stands for all.
     found: dict[bytes, int] = {}
-    for first in (c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong):
-        given = dataclasses.replace(candidate.given, count=StepCount(first=first))
+    for first in (c - number + 1 for c, wrong in zip(order, differ, strict=True) if not wrong):
+        given = _counted_from(candidate.given, first)
         scalars = probe.scalars(dataclasses.replace(candidate, given=given))
         found.setdefault(b"".join(scalars[name].tobytes() for name in sorted(scalars)), first)
     return list(found.values())[:32]
+
+
+def _counted_from(given: Hyperparameters, first: int) -> Hyperparameters:
+    """Let the step counts begin at another one, without a limit."""
+    count = StepCount(first=first, numbers=given.count.numbers)
+    return dataclasses.replace(given, count=count)
 
 
 def _roundness(before: int) -> tuple[int, int]:
@@ -706,7 +711,7 @@ def _separating(
             t, i = np.argwhere(differ)[0]
             inputs = ", ".join(f"{name} {mixed[name][t, i]:.9g}" for name in reads)
             return (
-                f"{stage} at timestep {probe.timesteps[t]} of an element with {inputs}: "
+                f"{stage} at timestep {bench.recording.number_of(probe.timesteps[t])} of an element with {inputs}: "
                 f"{found[t, i]:.9g} under {a.arithmetic.name}, {wanted[t, i]:.9g} under {b.arithmetic.name}"
             )
     return None

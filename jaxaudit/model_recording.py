@@ -27,7 +27,9 @@ class ModelRecording(Mapping[str, Parameter]):
         path: the folder.
         finished: whether the run was closed; if not, it is readable up to the last complete timestep.
         metadata: facts of the whole run, as strings.
-        steps: T, the number of complete steps when the folder was opened.
+        steps: T, the number of complete recorded steps when the folder was opened.
+        timesteps: number in the run of the state before the first step, and of those after each, int64 (T+1,). It is
+            0..T unless the recorder left steps out (`every=`).
         losses: loss of each step, float64 of shape (T,), NaN where none was given; None where none was at all.
 
     Raises:
@@ -39,9 +41,11 @@ class ModelRecording(Mapping[str, Parameter]):
         self._folder = ModelFolder(path.parent if path.name == INDEX else path)
         self.path, self.finished = self._folder.path, self._folder.finished
         self.metadata = dict(self._folder.metadata)
-        self.steps = max(self._folder.timesteps - 1, 0)
+        taken, stepped = self._folder.taken, self._folder.stepped
+        self.steps = int(np.count_nonzero(stepped))
+        self.timesteps: NDArray[np.int64] = np.append(taken[:1], taken[stepped])
         losses = self._folder.losses
-        self.losses: NDArray[np.float64] | None = None if losses is None else losses[1:]
+        self.losses: NDArray[np.float64] | None = None if losses is None else losses[stepped]
 
     def __getitem__(self, name: str) -> Parameter:
         return self._folder.parameters[name]
@@ -62,7 +66,8 @@ class ModelRecording(Mapping[str, Parameter]):
 
     def skipped_steps(self, name: str) -> list[int]:
         """Return the timesteps in which a parameter had no gradient, and was not stepped."""
-        return list(self._folder.skipped.get(self[name].number, ()))
+        found = self._folder.skipped.get(self[name].number, ())
+        return [int(self._folder.taken[t]) for t in found]
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelRecording:

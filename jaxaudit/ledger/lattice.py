@@ -158,9 +158,12 @@ class Lattice:
         self._measure(place, rows, lengths, regimes)
         self._live(window, rows, regimes)
         hashes = (rows["hash0"].astype(np.uint64) << 32) | rows["hash1"]
+        gaps = self._subject.bench.recording.gaps
+        resumed = gaps is not None and gaps.resumes(window.first)
         for k in range(window.steps):
+            changed = bool(rows["changed"][k].any()) or (resumed and k == 0)
             self._cluster_counts[:, place.start + k] = self._clusters.after(
-                hashes[k], bool(rows["changed"][k].any()), functools.partial(self._rows, window, k)
+                hashes[k], changed, functools.partial(self._rows, window, k)
             )
 
     def _whole(self, window: Window, part: Rows) -> Rows | None:

@@ -49,6 +49,7 @@ def summarize(overview: xr.Dataset) -> dict[str, Any]:
         "source": overview.attrs["source"],
         "source_finished": bool(overview.attrs["source_finished"]),
         "timesteps": [int(overview.run_timestep[0]), int(overview.run_timestep[-1])],
+        "recorded_timestep_count": overview.sizes["run_timestep"],
         "backend": overview.attrs["backend"],
         "device": overview.attrs["device"],
         "parameters": rows,
@@ -249,6 +250,12 @@ def _left_out(overview: xr.Dataset) -> Sentence | None:
     idle = np.flatnonzero(overview.timestep_count.values == 0)
     last, unfinished = int(overview.run_timestep[-1]), not overview.attrs["source_finished"]
     told = []
+    recorded, of = overview.sizes["run_timestep"], _timesteps_within(overview)
+    if recorded < of:
+        told.append(
+            f"{recorded:,} of the {of:,} timesteps were recorded, each with the state before it, and audited; what runs "
+            "on from step to step is not told"
+        )
     if unfinished:
         told.append(f"The recording was not finished; it was read up to timestep {last:,}")
     if idle.size:
@@ -257,6 +264,11 @@ def _left_out(overview: xr.Dataset) -> Sentence | None:
         verb = "was" if idle.size == 1 else "were"
         told.append(f"{named}{more} {verb} not stepped, and not audited")
     return Sentence("; ".join(told) + ".", ("timestep_count", "skipped_count")) if told else None
+
+
+def _timesteps_within(overview: xr.Dataset) -> int:
+    """Count the timesteps of the run from the first to the last that were audited."""
+    return int(overview.run_timestep[-1]) - int(overview.run_timestep[0]) + 1
 
 
 def _sums(overview: xr.Dataset, whole: str, part: str) -> tuple[int, int]:

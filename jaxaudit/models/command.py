@@ -60,7 +60,7 @@ def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int,
         read = [path for path in model.path.iterdir() if path.is_file()]
         read += [Path(path) for path in filter(None, [request.token_groups])]
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
-        steps = _steps(request, model.steps)
+        steps = _steps(request, int(model.timesteps[-1]))
         groups = open_token_groups(request.token_groups) if request.token_groups else None
         try:
             audit = ModelAudit(

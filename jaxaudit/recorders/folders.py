@@ -253,6 +253,7 @@ class FolderWriter(Finishing):
         loss: float | None = None,
         skipped: Sequence[int] = (),
         optimizer_step: int | None = None,
+        step_counts: Sequence[int] | None = None,
     ) -> None:
         """Append one timestep of all parameters.
 
@@ -266,6 +267,8 @@ class FolderWriter(Finishing):
             skipped: numbers of the parameters that the step left alone.
             optimizer_step: where steps are left out, how many the optimizer has taken since the
                 beginning.
+            step_counts: where steps are left out, each parameter's own step count, if one of them is
+                not what `optimizer_step` makes of its first.
 
         Raises:
             ValueError: a record does not fit its layout, or the writer is closed.
@@ -286,6 +289,8 @@ class FolderWriter(Finishing):
                 line["skipped"] = list(skipped)
             if optimizer_step is not None:
                 line["optimizer_step"] = optimizer_step
+            if step_counts is not None:
+                line["step_counts"] = list(step_counts)
             self._write_line(line)
         self._timesteps += 1
         self._steps_taken += hyperparameters is not None
@@ -573,6 +578,17 @@ class _Run:
             return None
         return [line["optimizer_step"] for line in self.lines]
 
+    def step_counts(self, parameter: int, first_step: int) -> list[int] | None:
+        """Return a parameter's own step count at each state, where some were not recorded; else None."""
+        if not any("step_counts" in line for line in self.lines):
+            return None
+        return [
+            line["step_counts"][parameter]
+            if "step_counts" in line
+            else line["optimizer_step"] + first_step - 1
+            for line in self.lines
+        ]
+
     def hyperparameters(self, group: int) -> dict[str, list[float | None]]:
         """Return the values of a group at each timestep; None where no recorded step led there."""
         given = [line["hyperparameters"] for line in self.lines]
@@ -698,6 +714,9 @@ def _metadata(
         metadata["skipped_steps"] = json.dumps(skipped)
     if timesteps is not None:
         metadata["timesteps"] = json.dumps(timesteps)
+    counts = run.step_counts(number, layout.first_step)
+    if counts is not None:
+        metadata["step_counts"] = json.dumps(counts)
     return metadata
 
 

@@ -65,7 +65,8 @@ def record(
             names are those that the optimizer was given, else `group0.0`, `group0.1`, ...
         rows: the rows of axis 0 to record, for all parameters or by name; all by default.
         every: record the first step and then one step of every so many, each with the state before
-            it. The recordings then have gaps; their metadata `timesteps` say where.
+            it. The recordings then have gaps (`Recording.gaps`): each recorded step is audited on its
+            own.
         metadata: strings of your own for all files.
         on_failure: where a step cannot be recorded, `raise` lets the error through to the training
             loop; `warn` gives a RuntimeWarning, stops recording and lets the training go on.
@@ -326,7 +327,7 @@ class OptimizerRecorder(Finishing):
                 hyperparameters=self._hyperparameters,
                 loss=self._loss,
                 skipped=skipped,
-                optimizer_step=self._taken if self._every > 1 else None,
+                **self._place(),
             )
             self._last = self._taken
             self._loss = None
@@ -375,14 +376,28 @@ class OptimizerRecorder(Finishing):
 
     def _append_state(self) -> None:
         """Append a state that no recorded step led to."""
-        state = self._optimizer.state
+        states = [self._optimizer.state.get(track.tensor, {}) for track in self._tracks]
+        for track, count in zip(self._tracks, _step_counts(states), strict=True):
+            track.count = count
         self._writer.append(
-            (track.record(state.get(track.tensor, {}), None) for track in self._tracks),
-            optimizer_step=self._taken if self._every > 1 else None,
+            (track.record(state, None) for track, state in zip(self._tracks, states, strict=True)),
+            **self._place(),
         )
         self._last = self._taken
-        for track in self._tracks:
-            track.count = step_count(state.get(track.tensor, {}))
+
+    def _place(self) -> dict[str, Any]:
+        """Say where in the run the present state is, if steps are left out.
+
+        A parameter may have had no gradient in some of those, so that its own count is behind.
+        """
+        if self._every == 1:
+            return {}
+        usual = [track.layout.first_step - 1 + self._taken for track in self._tracks]
+        counts = [track.count for track in self._tracks]
+        return {
+            "optimizer_step": self._taken,
+            "step_counts": None if counts == usual else counts,
+        }
 
     def _stopping_on_failure(self) -> "_Stopping":
         return _Stopping(self)
