@@ -87,10 +87,11 @@ def find(path: Path, metadata: Mapping[str, str], entries: int, first_step: int)
                 f"{taken[t]} there; needed the state before that step. Record the run again."
             )
         stepped &= rates
-    skipped = np.array(_counts(metadata.get("skipped_steps")) or [], np.int64)
+    skipped = _counts(metadata.get("skipped_steps"))
     if stepped[1:].all():
         return None
-    idle = np.isin(np.arange(entries), skipped) & stepped
+    idle = np.zeros(entries, bool) if skipped is None else np.isin(np.arange(entries), skipped)
+    idle &= stepped
     after = np.flatnonzero(stepped & ~idle)
     if not after.size:
         raise FileError(

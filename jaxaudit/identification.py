@@ -153,10 +153,13 @@ class Identifier:
     def _or_with_unrecorded(self, finding: Finding) -> list[Finding]:
         """Return what fits of a name with an option of which the recording lacks the tensor, else the finding.
 
-        Run from the start, such a tensor can be looked at for a while only, in which much may fit by chance.
+        Run from the start, such a tensor can be looked at for a while only, in which much may fit by chance. Where it
+        cannot be run, its stage cannot be looked at, and what is left fits without saying anything.
         """
+        stages = {*self._bench.stages(finding.candidate)}
         found = self.best(finding.candidate.arithmetic.name, unrecorded=True)
-        return found if found[0].fits else [finding]
+        fitting = [f for f in found if f.fits and stages <= {*self._bench.stages(f.candidate)}]
+        return fitting or [finding]
 
     def known(self, known: Sequence[Known]) -> list[Finding]:
         """Return those of some known arithmetics that fit, and the usual assumption; nothing where none fits."""

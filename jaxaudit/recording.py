@@ -306,9 +306,12 @@ class Recording(Closing):
             for first in range(start, stop, length):
                 yield first, min(length, stop - first)
 
-    def at(self, timestep: int, rows: tuple[int, int]) -> Window:
+    def at(
+        self, timestep: int, rows: tuple[int, int], names: tuple[str, ...] | None = None
+    ) -> Window:
         """Read one timestep of a range of rows, into memory of its own; as `windows` does."""
-        buffers = self._buffers(1, rows[1] - rows[0], tuple(self.formats))
+        names = tuple(self.formats) if names is None else names
+        buffers = self._buffers(1, rows[1] - rows[0], names)
         return self._read(timestep, 1, rows, buffers)
 
     def group_tensors(self) -> Source | None:

@@ -259,8 +259,10 @@ def _held_differently(dataset: xr.Dataset) -> list[str]:
     first, last = int(dataset.timestep[0]), int(dataset.timestep[-1])
     held = [attributes[f"timesteps_{run}"] for run in RUNS]
     if held[0] != held[1]:
+        count = dataset.sizes["timestep"]
+        some = f" ({count:,} of them)" if count < last + 1 - first else ""
         lines.append(
-            f"a holds the timesteps {held[0]}, b {held[1]} (ends not included); {first}:{last + 1} are compared."
+            f"a holds the timesteps {held[0]}, b {held[1]} (ends not included); {first}:{last + 1}{some} are compared."
         )
     if run := attributes["rows_assumed_of"]:
         lines.append(
