@@ -12,7 +12,7 @@ from jaxaudit import commands, results, summary
 from jaxaudit.auditing import Progress
 from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure
 from jaxaudit.model_recording import open_model
-from jaxaudit.models import account, figures
+from jaxaudit.models import account, figures, page
 from jaxaudit.models.audits import ModelAudit
 from jaxaudit.models.variables import PARAMETERS
 from jaxaudit.recording import open_token_groups
@@ -59,6 +59,8 @@ def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int,
             outputs += [Path(request.plots) / name for name in figures.FIGURES]
         read = [path for path in model.path.iterdir() if path.is_file()]
         read += [Path(path) for path in filter(None, [request.token_groups])]
+        if request.report:
+            outputs.append(Path(request.report))
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
         steps = _steps(request, int(model.timesteps[-1]))
         groups = open_token_groups(request.token_groups) if request.token_groups else None
@@ -88,12 +90,11 @@ def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int,
 
 def _refuse_single(request: AuditRequest) -> None:
     """Refuse what is made of one recording only."""
-    for option, value in (("--csv", request.csv), ("--report", request.report)):
-        if value is not None:
-            raise Failure(
-                f"{option} is for one parameter: add --parameter NAME. The NetCDF file holds all of them.",
-                WRONG_USAGE,
-            )
+    if request.csv is not None:
+        raise Failure(
+            "--csv is for one parameter: add --parameter NAME. The NetCDF file holds all of them.",
+            WRONG_USAGE,
+        )
 
 
 def _steps(request: AuditRequest, steps: int) -> tuple[int, int] | None:
@@ -120,6 +121,8 @@ class _Run:
                 Path(self._request.plots or "") / name,
                 functools.partial(self._write_figure, draw),
             )
+        if self._request.report:
+            yield Path(self._request.report), self._write_page
 
     def text(self) -> str:
         """Return what goes to stdout."""
@@ -134,18 +137,24 @@ class _Run:
                     "not_as_expected": unmet,
                 }
             return json.dumps(one | {"output": str(self._output)}, allow_nan=False)
-        lines = [account.describe(self._overview)]
+        lines = [account.describe(self._overview), *self._notes()]
+        return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+
+    def _notes(self) -> list[str]:
+        """Say what was asked for and is not so."""
+        lines, ungrouped = [], self._audit.ungrouped
         if ungrouped:
             verb = "has" if len(ungrouped) == 1 else "have"
             lines.append(
                 f"The token groups are over other rows than {account.in_words(ungrouped)} {verb}: counted as `all` only."
             )
-        if unmet:
-            verb = "does" if len(unmet) == 1 else "do"
+        if self.unmet:
+            verb = "does" if len(self.unmet) == 1 else "do"
             lines.append(
-                f"Expected {expected}, but {account.in_words(unmet)} {verb} not replay bit for bit under it."
+                f"Expected {self._request.expect}, but {account.in_words(self.unmet)} {verb} not replay bit for bit "
+                "under it."
             )
-        return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+        return lines
 
     def _write(self, path: Path) -> None:
         with results.GrowingFile(path) as file:
@@ -162,6 +171,9 @@ class _Run:
         expected = self._request.expect
         if expected and not summary.replays_exactly(root, expected):
             self.unmet.append(root.attrs["parameter"])
+
+    def _write_page(self, path: Path) -> None:
+        path.write_text(page.html(self._overview, self._notes()), encoding="utf-8")
 
     def _write_figure(self, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
         draw(self._overview).savefig(path, format="png", dpi=110)
