@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from jaxaudit.recording import Recording
 from jaxaudit.sources.model_folder import INDEX, ModelFolder, Parameter
-from jaxaudit.sources.source import Opened
+from jaxaudit.sources.source import Opened, Source
 
 
 class ModelRecording(Mapping[str, Parameter]):
@@ -63,6 +63,14 @@ class ModelRecording(Mapping[str, Parameter]):
             FileError: there is no such parameter, or its file is missing, unreadable or inconsistent.
         """
         return Recording(Opened(self._folder.source(name)))
+
+    def source(self, name: str) -> Source:
+        """Open the tensors of one parameter as they lie in the files; close them when they are no longer needed.
+
+        Raises:
+            FileError: there is no such parameter, or its file is missing, unreadable or inconsistent.
+        """
+        return self._folder.source(name)
 
     def skipped_steps(self, name: str) -> list[int]:
         """Return the timesteps in which a parameter had no gradient, and was not stepped."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -294,7 +294,7 @@ def tree_of(found: Mapping[str, xr.Dataset]) -> xr.DataTree:
 
 
 def selected(
-    model: ModelRecording, parameters: str | re.Pattern[str] | Sequence[str] | None
+    model: Collection[str], parameters: str | re.Pattern[str] | Sequence[str] | None
 ) -> list[str]:
     """Name the chosen parameters, in the model's order.
 
