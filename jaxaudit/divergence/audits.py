@@ -194,6 +194,8 @@ def _updates(trees: tuple[Tree, Tree]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, (group, variable) in sources.items():
         if not all(variable in tree.get(group, ()) for tree in trees):
             continue
+        if any({*tree[group][variable].dims} != {"timestep", "token_group"} for tree in trees):
+            continue  # the overview of a model has one by parameter
         both = [tree[group][variable].transpose("timestep", "token_group") for tree in trees]
         one, other = xr.align(*both, join="inner", copy=False)
         if one.size:

@@ -22,7 +22,7 @@ def identical(overview: xr.Dataset) -> bool:
 
     A parameter of one name that cannot be compared (another shape, no common timestep) is not the same.
     """
-    return bool((overview.identical == 1).all())
+    return bool((overview.is_identical == 1).all())
 
 
 def summarize(overview: xr.Dataset) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def summarize(overview: xr.Dataset) -> dict[str, Any]:
         "kind": overview.attrs["kind"],
         "source_a": overview.attrs["source_a"],
         "source_b": overview.attrs["source_b"],
-        "timesteps": [int(t) for t in overview.timestep.values[[0, -1]]] if overview.sizes["timestep"] else None,
+        "timesteps": [int(t) for t in overview.compared_timestep.values[[0, -1]]] if overview.sizes["compared_timestep"] else None,
         "only_in_a": json.loads(overview.attrs["only_in_a"]),
         "only_in_b": json.loads(overview.attrs["only_in_b"]),
         "differing_claims": json.loads(overview.attrs["differing_claims"]),
@@ -53,7 +53,7 @@ def _row(one: xr.Dataset) -> dict[str, Any]:
     return {
         "shape": str(one["shape"].values),
         "not_compared": str(one.reason.values) or None,
-        "identical": bool(one.identical == 1) if one.identical >= 0 else None,
+        "identical": bool(one.is_identical == 1) if one.is_identical >= 0 else None,
         "timestep_count": int(one.timestep_count),
         "element_count": int(one.element_count),
         "first_tensor": str(one.first_tensor.values) or None,
@@ -61,7 +61,7 @@ def _row(one: xr.Dataset) -> dict[str, Any]:
         "differing_total": {
             str(name): int(count)
             for name, count, held in zip(
-                one.tensor.values, one.differing_total.values, one.held.values, strict=True
+                one.compared_tensor.values, one.differing_total.values, one.held.values, strict=True
             )
             if held
         },
@@ -137,13 +137,13 @@ def _nothing(overview: xr.Dataset) -> str:
     count = int((overview.reason.values == "").sum())
     alike = (
         "Bit-identical"
-        if (overview.identical != 0).all()
+        if (overview.is_identical != 0).all()
         else "Equal in value, though stored differently"
     )
     which = "the one parameter" if count == 1 else f"all {count:,} parameters"
     return (
         f"{alike}: every element of {which} that {'is' if count == 1 else 'are'} compared, "
-        f"{int(overview.element_count.sum()):,} per timestep, in all {overview.sizes['timestep']:,} timesteps and at the "
+        f"{int(overview.element_count.sum()):,} per timestep, in all {overview.sizes['compared_timestep']:,} timesteps and at the "
         "start."
     )
 
@@ -162,19 +162,28 @@ def _differences(overview: xr.Dataset) -> list[str]:
     )
     count = int((overview.reason.values == "").sum())
     of = f"{len(places):,} of {count:,} parameters" if count > 1 else "the one parameter"
+    first_of = "the first of them in the order of a is " if len(places) > 1 else ""
     at = (
-        f"in the order of a first {named(str(one.parameter.values))} (token {first['token']:,}, position "
-        f"{first['position']:,}, {first['bits_a']:#x} against {first['bits_b']:#x})"
+        f"{first_of}{named(str(one.parameter.values))} (token {first['token']:,}, position {first['position']:,}, "
+        f"{first['bits_a']:#x} against {first['bits_b']:#x})"
     )
-    started = not overview.sizes["timestep"] or timestep < int(overview.timestep[0])
+    started = not overview.sizes["compared_timestep"] or timestep < int(
+        overview.compared_timestep[0]
+    )
     if started:
-        told = [f"They are apart at the start already: the {NAMES[tensor]} of {of} differs, {at}."]
+        firsts = overview.first_difference.sel(divergence_field="timestep").values
+        apart = int((firsts == timestep).sum())
+        told = [
+            f"They are apart at the start already, in {apart:,} of {count:,} parameters: among others the {NAMES[tensor]} "
+            f"of {named(str(one.parameter.values))} differs (token {first['token']:,}, position "
+            f"{first['position']:,}, {first['bits_a']:#x} against {first['bits_b']:#x})."
+        ]
     else:
         told = [
-            f"They part at timestep {timestep:,}: the {NAMES[tensor]} of {of} differs first, {at}."
+            f"They part at timestep {timestep:,}: the {NAMES[tensor]} of {of} differs first; {at}."
         ]
         told.append(_cause(tensor))
-    same = int((overview.identical == 1).sum())
+    same = int((overview.is_identical == 1).sum())
     if same:
         told.append(
             f"{same:,} of {count:,} parameters {'is' if same == 1 else 'are'} identical throughout."
@@ -195,11 +204,11 @@ def _cause(tensor: str) -> str:
 
 
 def _at_the_end(overview: xr.Dataset) -> list[str]:
-    if not overview.sizes["timestep"]:
+    if not overview.sizes["compared_timestep"]:
         return []
-    end = overview.isel(timestep=-1)
+    end = overview.isel(compared_timestep=-1)
     count, size = int(end.total_differing_count), int(end.compared_element_count)
-    last, distance = int(end.timestep), float(end.total_distance)
+    last, distance = int(end.compared_timestep), float(end.total_distance)
     if not count:
         return [f"The weights are the same at the last timestep, {last:,}."]
     lines = [f"At timestep {last:,}, {percent(count, size)} of the weights differ."]
@@ -232,7 +241,7 @@ def _not_compared(overview: xr.Dataset) -> list[str]:
 def _end(one: xr.Dataset) -> xr.Dataset | None:
     """Return the last timestep at which a parameter is compared."""
     there = np.flatnonzero(one.differing_count.values >= 0)
-    return one.isel(timestep=int(there[-1])) if there.size else None
+    return one.isel(compared_timestep=int(there[-1])) if there.size else None
 
 
 def _last(one: xr.Dataset) -> float | None:

@@ -35,7 +35,7 @@ def parameters(overview: xr.Dataset) -> Figure:
     above, below = figure.subplots(
         2, 1, sharex=True, height_ratios=[2.2, max(0.24 * order.size, 0.6)]
     )
-    t = overview.timestep.values
+    t = overview.compared_timestep.values
     if not t.size:
         t = np.array([0])
     figure.suptitle(_headline(overview), fontsize=11, parse_math=False)
@@ -68,7 +68,10 @@ def lost_updates(overview: xr.Dataset) -> Figure:
     axis.set_xlim(-3, 103)
     axis.grid(axis="x", alpha=0.25, lw=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    if np.isfinite(shares).any():
+        axis.legend(frameon=False, fontsize=9)
+    else:
+        axis.text(0.5, 0.5, "no audit counted updates", transform=axis.transAxes, ha="center")
     figure.suptitle("Lost updates in a and b, the largest difference first", fontsize=11)
     return figure
 
@@ -122,7 +125,7 @@ def _draw_parameters(
         )
     first = overview.first_difference.sel(divergence_field="timestep").values[order]
     parted = np.flatnonzero(first != NEVER)
-    axis.plot(first[parted], parted, "|", color="#D55E00", ms=9, mew=2.2, label="first difference")
+    axis.plot(first[parted], parted, "|", color="#D55E00", ms=9, mew=2.2)
     _name_rows(axis, overview, order)
     rest = overview.sizes["parameter"] - order.size
     more = f", and {rest:,} more that are nearer" if rest else ""
@@ -134,12 +137,11 @@ def _draw_parameters(
         else ""
     )
     axis.set_title(
-        f"each parameter, the worst on top{more}{told}", fontsize=10, loc="left", parse_math=False
+        f"each parameter, the worst on top{more}{told}; white: no difference, orange: the first one",
+        fontsize=10,
+        loc="left",
+        parse_math=False,
     )
-    if parted.size:
-        axis.legend(
-            fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1, -0.02), ncols=1
-        )
 
 
 def _name_rows(axis: Axes, overview: xr.Dataset, order: NDArray[np.int64]) -> None:

@@ -64,7 +64,11 @@ def compare_model_results(
                 f"{a} and {b} have no parameter in common. {choices(rows[0])} {choices(rows[1])} Give two audits of one "
                 "model."
             )
-        roots = [tree[""].sel(parameter=names).load() for tree in trees]
+        # Ranks depend on the other parameters.
+        ranks = [str(name) for name in one[""].data_vars if str(name).startswith("rank_by_")]
+        roots = [
+            tree[""].sel(parameter=names).drop_vars(ranks, errors="ignore").load() for tree in trees
+        ]
         first = compare_trees(({"": roots[0]}, {"": roots[1]}), paths)
         yield {OVERVIEW: first}
         found: list[xr.Dataset | None] = []
@@ -128,7 +132,7 @@ def _overview(
 def _row(dataset: xr.Dataset | None) -> dict[str, Any]:
     if dataset is None:
         return {
-            "identical": NOT_AUDITED,
+            "is_identical": NOT_AUDITED,
             "variable_count": 0,
             "differing_variable_count": 0,
             "largest_differing_variable": "",
@@ -141,7 +145,7 @@ def _row(dataset: xr.Dataset | None) -> dict[str, Any]:
     shares = np.abs(differ.differing_entry_count.values) / np.maximum(differ.entry_count.values, 1)
     most = str(differ.variable.values[int(np.argmax(shares))]) if shares.size else ""
     return {
-        "identical": int(account.identical(dataset)),
+        "is_identical": int(account.identical(dataset)),
         "variable_count": both.sizes["variable"],
         "differing_variable_count": differ.sizes["variable"],
         "largest_differing_variable": most,
@@ -154,7 +158,7 @@ def _row(dataset: xr.Dataset | None) -> dict[str, Any]:
 
 def identical(overview: xr.Dataset) -> bool:
     """Tell whether everything that both results hold of the common parameters is the same to the bit."""
-    return bool(overview.attrs["overview_identical"]) and not (overview.identical == 0).any()
+    return bool(overview.attrs["overview_identical"]) and not (overview.is_identical == 0).any()
 
 
 def summarize(overview: xr.Dataset) -> dict[str, Any]:
@@ -179,8 +183,8 @@ def summarize(overview: xr.Dataset) -> dict[str, Any]:
 
 def sentences(overview: xr.Dataset) -> list[str]:
     """Say what differs, in one plain sentence each."""
-    compared = int((overview.identical >= 0).sum())
-    same = int((overview.identical == 1).sum())
+    compared = int((overview.is_identical >= 0).sum())
+    same = int((overview.is_identical == 1).sum())
     told = []
     if same == compared:
         told.append(f"The audits of all {compared:,} common parameters are identical.")

@@ -16,7 +16,7 @@ from jaxaudit.divergence.distances import Formats, differing
 from jaxaudit.divergence.overview import Facts, Overview, as_names
 from jaxaudit.divergence.runs import Progress, compare
 from jaxaudit.divergence.variables import NEVER
-from jaxaudit.floats import FORMATS
+from jaxaudit.floats import FORMATS, Patterns
 from jaxaudit.model_recording import ModelRecording
 from jaxaudit.models.audits import selected, tree_of
 from jaxaudit.models.variables import group_path
@@ -196,25 +196,21 @@ class ModelComparison:
             kinds, rows = Formats(*formats, formats[0]), one.shape[1]
             elements = int(np.prod(one.shape[1:]))
             width, step = elements // rows, max(1, _PIECE * rows // max(one.row_bytes, 1))
-            count, first = 0, (NEVER,) * 4
+            count, first = 0, (NEVER, NEVER, NEVER, NEVER)
             for row in range(0, rows, step):
                 span = (row, min(row + step, rows))
-                states = [
+                states: list[Patterns] = [
                     np.empty((span[1] - span[0], width), DTYPES[x.dtype]) for x in (one, other)
                 ]
                 for source, state in zip((a, b), states, strict=True):
                     source.read_rows("W", (0, 1), span, state)
-                unlike = differing(*states, kinds)
+                unlike = differing(states[0], states[1], kinds)
                 if unlike.any() and not count:
                     token, position = (int(x) for x in np.argwhere(unlike)[0])
-                    first = (
-                        row + token,
-                        position,
-                        *(int(state[token, position]) for state in states),
-                    )
+                    bits = [int(state[token, position]) for state in states]
+                    first = (row + token, position, bits[0], bits[1])
                 count += int(np.count_nonzero(unlike))
-        found = (count, *first)
-        return Facts(name=name, shape=shape, elements=elements, differing=found)
+        return Facts(name=name, shape=shape, elements=elements, differing=(count, *first))
 
     def _tell(self, done: int) -> Progress | None:
         """Return what turns the progress of one parameter into that of all."""

@@ -66,7 +66,7 @@ class Overview:
         arrays: dict[str, Any] = {
             name: [row[name] for row in rows]
             for name, field in MODEL_VARIABLES.items()
-            if field.dims in (("parameter",), ("parameter", "tensor"), ("parameter", "divergence_field"))
+            if field.dims in (("parameter",), ("parameter", "compared_tensor"), ("parameter", "divergence_field"))
             and name in rows[0]
         }  # fmt: skip
         for name, absent in _COURSES.items():
@@ -81,13 +81,13 @@ class Overview:
         arrays |= _totals(arrays)
         arrays["rank_by_distance"] = _ranks(_badness(arrays))
         firsts = np.array([row["first_difference"][0] for row in rows])
-        orders = [ORDER.index(row["first_tensor"]) if row["first_tensor"] else 0 for row in rows]
+        orders = np.array([ORDER.index(row["first_tensor"] or "param") for row in rows])
         never = (firsts == NEVER).astype(np.int64)
         arrays["rank_by_first_difference"] = _ranked(np.lexsort((orders, firsts, never)))
         coordinates = {
             "parameter": [row["parameter"] for row in rows],
-            "timestep": timesteps,
-            "tensor": list(ORDER),
+            "compared_timestep": timesteps,
+            "compared_tensor": list(ORDER),
             "run": list(RUNS),
             "divergence_field": list(DIFFERENCE_FIELDS),
         }
@@ -124,7 +124,7 @@ def _empty(facts: Facts) -> dict[str, Any]:
         "group_path": facts.group_path,
         "shape": "x".join(map(str, facts.shape)),
         "reason": facts.reason,
-        "identical": NOT_AUDITED,
+        "is_identical": NOT_AUDITED,
         "element_count": 0,
         "token_count": 0,
         "timestep_count": 0,
@@ -143,7 +143,7 @@ def _compared(dataset: xr.Dataset) -> dict[str, Any]:
     whole = dataset.sel(token_group="all")
     weights, timesteps = whole.sel(tensor="param"), dataset.timestep.values
     row: dict[str, Any] = {
-        "identical": int(account.identical(dataset)),
+        "is_identical": int(account.identical(dataset)),
         "element_count": int(whole.element_count),
         "token_count": dataset.sizes["token"],
         "timestep_count": timesteps.size,
@@ -178,7 +178,7 @@ def _never_stepped(facts: Facts) -> dict[str, Any]:
     count, *first = facts.differing
     weights = ORDER.index("param")
     row: dict[str, Any] = {
-        "identical": int(not count),
+        "is_identical": int(not count),
         "element_count": facts.elements,
         "differing_count_at_start": count,
         "held": np.array([name == "param" for name in ORDER], np.int8),

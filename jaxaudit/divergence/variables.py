@@ -103,7 +103,7 @@ VARIABLES = {
 }
 
 _PARAMETER = ("parameter",)
-_COURSE = ("parameter", "timestep")
+_COURSE = ("parameter", "compared_timestep")
 _NOT_COMPARED = f"{NOT_AUDITED} where it is not compared"
 _WEIGHTS = "of the weights"
 
@@ -117,7 +117,7 @@ MODEL_VARIABLES = {
     "group_path": _of_each("group of the parameter's comparison in this file", "empty: it has none", "str"),
     "shape": _of_each("shape of the whole parameter", "in a", "str"),
     "reason": _of_each("why the parameter is not compared", "empty: it is", "str"),
-    "identical": _of_each(
+    "is_identical": _of_each(
         "1 where everything that both hold of it is the same to the bit", _NOT_COMPARED, "int8"
     ),
     "element_count": _of_each("elements compared per timestep"),
@@ -131,12 +131,12 @@ MODEL_VARIABLES = {
         "as first_difference in the parameter's group",
     ),
     "first_differing_timestep": Field(
-        ("parameter", "tensor"), "int64", "1", "first timestep at which an element differs",
+        ("parameter", "compared_tensor"), "int64", "1", "first timestep at which an element differs",
         f"{NEVER} where none ever does; the timestep before the first one is the state at the start",
     ),
-    "held": Field(("parameter", "tensor"), "int8", "1", "1 where both hold the tensor, and it is compared"),
+    "held": Field(("parameter", "compared_tensor"), "int8", "1", "1 where both hold the tensor, and it is compared"),
     "differing_total": Field(
-        ("parameter", "tensor"), "int64", "1", "elements that differ, summed over timesteps", _NOT_COMPARED
+        ("parameter", "compared_tensor"), "int64", "1", "elements that differ, summed over timesteps", _NOT_COMPARED
     ),
     "differing_count_at_start": _of_each("elements of the weights that differ before the first timestep", _NOT_COMPARED),
     "differing_count": Field(_COURSE, "int64", "1", f"elements that differ, {_WEIGHTS}", _NOT_COMPARED),
@@ -154,11 +154,11 @@ MODEL_VARIABLES = {
         _PARAMETER, "float64", "1", "L2 distance of the weights at the last timestep over the first one that is not 0",
         "NaN where they are never apart",
     ),
-    "compared_element_count": Field(("timestep",), "int64", "1", "elements of all parameters that are compared"),
-    "total_differing_count": Field(("timestep",), "int64", "1", "elements of all weights that differ"),
-    "total_distance": Field(("timestep",), "float64", "1", "L2 distance of all weights"),
+    "compared_element_count": Field(("compared_timestep",), "int64", "1", "elements of all parameters that are compared"),
+    "total_differing_count": Field(("compared_timestep",), "int64", "1", "elements of all weights that differ"),
+    "total_distance": Field(("compared_timestep",), "float64", "1", "L2 distance of all weights"),
     "total_displacement_norm": Field(
-        ("run", "timestep"), "float64", "1", "L2 norm of the displacement of all weights since the common start"
+        ("run", "compared_timestep"), "float64", "1", "L2 norm of the displacement of all weights since the common start"
     ),
     "rank_by_distance": _of_each(
         "rank by the relative distance at the end, 1 for the largest",
@@ -224,7 +224,7 @@ _PER_RUN_OF_EACH = ("run", "parameter")
 #: A comparison of two audits of models: the root of its file.
 MODEL_AUDIT_VARIABLES = {
     "group_path": _of_each("group of the parameter's comparison in this file", "empty: it has none", "str"),
-    "identical": _of_each(
+    "is_identical": _of_each(
         "1 where every variable that both hold of it is identical", f"{NOT_AUDITED} where one has no audit of it", "int8"
     ),
     "variable_count": _of_each("variables that both hold"),
