@@ -883,7 +883,7 @@ def test_wrong_inputs_are_refused_in_one_line(
 def test_the_snippets_of_the_page_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "comparing-runs.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     (tmp_path / "results").symlink_to(ROOT / "results")  # read, never written
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -562,10 +562,10 @@ def test_page(overview):
     assert groups == ["0", "1"] and rows[0] == DAMAGED and {*rows[:COUNT]} == {*SHAPES}
     (row,) = cells(found, DAMAGED)
     one = overview.sel(parameter=DAMAGED)
-    assert row[:4] == ["0", "12x64", "bfloat16", str(one.arithmetic.values)]
-    assert row[5:9] == ["0", "0", "1", str(STEPS)]
+    assert row[:3] == ["0", "12x64", str(one.arithmetic.values)]
+    assert row[3:7] == ["0", "0", "1", str(STEPS)]
     (row,) = cells(found, IDLE)
-    assert row[3] == "no step" and row[4:7] == ["not audited"] * 3
+    assert row[2] == "no step" and row[3:6] == ["not audited"] * 3
     assert len(found.all("figure")) == 1 and "mismatches" in found.all("img")[0]["alt"]
 
 

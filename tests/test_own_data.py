@@ -21,7 +21,7 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
-    assert len(snippets) == 5 and "jax" in sys.modules
+    assert len(snippets) == 6 and "jax" in sys.modules
     for expected in (
         "exp_avg yes",
         "3 float16",
@@ -29,5 +29,7 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
         "((1, 2), (4, 5)) [1 2] 2",
         "torch-cpu-loop",
         "transformer.wte.weight 6 True",
+        "yes, at the recorded steps (3 of 7 steps were recorded) | no: 3 of 7",
+        "[1 4 7] torch-cpu-",
     ):
         assert expected in said

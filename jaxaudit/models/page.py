@@ -92,8 +92,8 @@ def _groups(overview: xr.Dataset) -> str:
 def _parameters(overview: xr.Dataset) -> Iterator[str]:
     order = worst_first(overview)
     stages = [f"{stage} differs" for stage in overview.stage.values]
-    header = ["parameter", "group", "shape", "weights in", "replayed as", "found by", *stages]
-    header += ["first at timestep", "lost updates", "stuck second moments", "frozen rows"]
+    header = ["parameter", "group", "shape", "replayed as", *stages, "first mismatch at timestep"]
+    header += ["lost updates", "stuck second moments", "frozen rows", "weights in", "found by"]
     caption = "Parameters, the worst first: by elements whose replayed bits differ, then by the share of lost updates"
     yield report.table(caption, header, _rows(overview, order[:MOST]))
     if order.size > MOST:
@@ -110,14 +110,14 @@ def _rows(overview: xr.Dataset, numbers: NDArray[np.int64]) -> Iterator[list[str
             short(str(overview.parameter.values[k]), _NAME),
             str(int(values["optimizer_group"][k])),
             str(values["shape"][k]),
-            str(values["storage_format"][k]),
             str(values["arithmetic"][k]) if stepped else "no step",
-            str(values["identified_by"][k]),
             *(f"{int(count):,}" if audited else "not audited" for count, audited in counts),
             f"{first:,}" if first > 0 else "",
             _share(float(values["lost_share"][k])),
             _share(float(values["exp_avg_sq_stuck_share"][k])),
             f"{frozen:,} of {int(values['token_count'][k]):,}" if frozen >= 0 else "",
+            str(values["storage_format"][k]),
+            str(values["identified_by"][k]),
         ]
 
 
