@@ -291,6 +291,7 @@ def test_command_expects_identity(command, runs):
         (3, "Give two of one kind", ["A", "FILE"]),
         (3, "recording.json", ["A", "BROKEN"]),
         (3, "no parameter in common", ["A", "NOTHING"]),
+        (3, "no complete step was recorded", ["EARLY", "A"]),
     ],
 )
 def test_wrong_inputs(command, runs, tmp_path, status, said, words):
@@ -302,12 +303,15 @@ def test_wrong_inputs(command, runs, tmp_path, status, said, words):
     for k, entry in enumerate(index["parameters"]):
         entry["name"] = entry["file"] = f"x{k}"
     (nothing / "recording.json").write_text(json.dumps(index))
+    early = shutil.copytree(runs["a"], tmp_path / "early")
+    (early / "steps.jsonl").write_text("")
     places = {
         "A": runs["a"],
         "B": runs["other"],
         "FILE": runs["a"] / "wte.weight.safetensors",
         "BROKEN": broken,
         "NOTHING": nothing,
+        "EARLY": early,
     }
     found, out, err = command(*(places.get(word, word) for word in words))
     assert (found, out) == (status, "") and said in err and err.count("\n") == 1
@@ -351,7 +355,7 @@ def test_two_audits_of_models(command, audits):
         assert overview.rank_by_differing_variables.sel(parameter=PARTS) == 1
         assert overview.first_differing_timestep.sel(parameter=PARTS) == 4
         assert overview.is_identical.values.tolist() == [1, 0, 1, -1, 1]
-        one = tree[f"parameters/{PARTS}"].to_dataset(inherit=False)
+        one = tree[f"parameters/{PARTS}"].to_dataset()
         assert int(one.differing_entry_count.sel(variable="norm_observed")) > 0
         assert "overview" in tree.children
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,6 @@ from jaxaudit.auditing import audit_groups
 from jaxaudit.byte_files import FileError
 from jaxaudit.models.audits import audit_model
 from jaxaudit.results import NOT_AUDITED
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import run_audit  # noqa: E402
 
 STEPS = 12
 
@@ -278,7 +274,8 @@ def test_clusters_are_looked_at_anew_after_a_gap(tmp_path):
 # What is said.
 
 
-def test_coverage(third, tmp_path, monkeypatch, capsys):
+def test_coverage(script, third, tmp_path, monkeypatch, capsys):
+    run_audit = script("run_audit")
     with jaxaudit.open_recording(third, "even.weight") as recording:
         covered = recording.coverage()
     assert covered["param"] == "yes, at the recorded steps (4 of 10 steps were recorded)"
@@ -297,7 +294,8 @@ def test_coverage(third, tmp_path, monkeypatch, capsys):
         assert dataset.timestep.values.tolist() == [4, 7, 10]
 
 
-def test_whole_model(third, full, tmp_path, monkeypatch, capsys):
+def test_whole_model(script, third, full, tmp_path, monkeypatch, capsys):
+    run_audit = script("run_audit")
     monkeypatch.chdir(tmp_path)
     model = jaxaudit.open_model(third)
     assert model.steps == 4 and model.timesteps.tolist() == [0, 1, 4, 7, 10]

@@ -56,6 +56,11 @@ class ModelComparison:
     ):
         self._models, self._groups, self._steps = (a, b), groups, steps
         self._window_steps, self._progress = window_steps, progress
+        for model in (a, b):
+            if not model.steps:
+                raise FileError(
+                    f"{model.path}: no complete step was recorded; there is nothing to compare. Record at least one."
+                )
         union = dict.fromkeys([*a, *b])
         chosen = selected(union, parameters)
         self.names = [name for name in chosen if name in a and name in b]

@@ -62,7 +62,7 @@ def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int,
         if request.report:
             outputs.append(Path(request.report))
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
-        steps = _steps(request, int(model.timesteps[-1]))
+        steps = _steps(request, int(model.timesteps[-1]) if model.steps else 0)
         groups = open_token_groups(request.token_groups) if request.token_groups else None
         try:
             audit = ModelAudit(

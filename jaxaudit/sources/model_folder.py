@@ -185,7 +185,7 @@ class ModelFolder:
             float(x) if known else None
             for x, known in zip(values["learning_rate"], self.stepped[1:], strict=True)
         ]
-        if rates:
+        if self.stepped.any():
             first = int(np.argmax(self.stepped[1:]))
             constant = {name: float(values[name][first]) for name in _NUMBERS[1:]}
             stated = {"learning_rate": [rates[first], *rates], **constant}
