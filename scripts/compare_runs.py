@@ -3,10 +3,12 @@
 
     python scripts/compare_runs.py loop.safetensors fused.safetensors --plots figures
     python scripts/compare_runs.py bfloat16.nc float32-master.nc
+    python scripts/compare_runs.py run-folder other-folder --parameters 'attn.*weight'
 
 Recordings are laid upon each other by timestep and token; tensors of one format are compared bit for bit, of different
-formats by their exact values. Of NetCDF files, such as two audits, every variable is compared. The result is a NetCDF
-file for xarray.open_dataset; a summary goes to stdout, progress and notices go to stderr.
+formats by their exact values. Of the folders of two whole models, parameters of one name are; of NetCDF files, such as
+two audits, every variable is compared. The result is a NetCDF file for xarray.open_dataset; a summary goes to stdout,
+progress and notices go to stderr.
 
 Exit status: 0 the comparison ran, whatever differs; 1 --expect was not met; 2 wrong usage, or an output that cannot
 be written; 3 input missing, unreadable, incomplete or inconsistent; 130 interrupted.
@@ -24,8 +26,11 @@ _NAME = "compare_runs.py"
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     p = described_parser(_NAME, __doc__ or "")
-    p.add_argument("a", metavar="A", nargs="?", help="a recording, or a NetCDF file")
+    p.add_argument(
+        "a", metavar="A", nargs="?", help="a recording, the folder of a model, or a NetCDF file"
+    )
     p.add_argument("b", metavar="B", nargs="?", help="another of the same kind")
+    p.add_argument("--parameters", metavar="REGEX", help="of whole models, those it is found in")
     p.add_argument(
         "--token-groups", metavar="FILE", help="sets of tokens to count by (default: those in A)"
     )
