@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Certify roundings: compare JAX, PyTorch and jaxaudit with IEEE 754, bit for bit.
 
-    python scripts/cross_check_rounding.py
-    python scripts/cross_check_rounding.py --full --plots results/rounding
-    python scripts/cross_check_rounding.py --operations "float32 sqrt,bfloat16 add"
+    jaxaudit certificate
+    jaxaudit certificate --full --plots results/rounding
+    jaxaudit certificate --operations "float32 sqrt,bfloat16 add"
 
 Casts, single operations, parts of optimizers and whole Adam steps are computed as one writes them in JAX and
 in PyTorch, and as jaxaudit computes them. The result is a NetCDF file for xarray.open_dataset; a table of the
@@ -22,12 +21,12 @@ from collections.abc import Sequence
 
 from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
 
-_NAME = "cross_check_rounding.py"
+_NAME = "jaxaudit certificate"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = described_parser(_NAME, __doc__ or "")
+def parser(program: str = _NAME) -> argparse.ArgumentParser:
+    """Describe the command line of a program of this name."""
+    p = described_parser(program, __doc__ or "", _NAME)
     p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
     extent = p.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="a sample of operands (default)")
@@ -44,16 +43,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser().parse_args(argv)))
+    return run(lambda: _main(parser(program).parse_args(argv), program))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        return put(f"jaxaudit {version('jaxaudit')}", _NAME)
+        return put(f"jaxaudit {version('jaxaudit')}", program)
     from jaxaudit.commands import Failure
     from jaxaudit.rounding.command import CrossCheckRequest, cross_check_rounding
 
@@ -63,14 +62,10 @@ def _main(arguments: argparse.Namespace) -> int:
         outcome = cross_check_rounding(CrossCheckRequest(**wanted), progress)
     except Failure as failure:
         close()
-        print(f"{_NAME}: error: {failure}", file=sys.stderr)
+        print(f"{program}: error: {failure}", file=sys.stderr)
         return failure.status
     finally:
         close()
     for notice in outcome.notices:
-        print(f"{_NAME}: {notice}", file=sys.stderr)
-    return put(outcome.text, _NAME) or outcome.status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print(f"{program}: {notice}", file=sys.stderr)
+    return put(outcome.text, program) or outcome.status

@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Audit a recorded training run: replay every optimizer step and compare it bit for bit.
 
-    python scripts/run_audit.py
-    python scripts/run_audit.py run.safetensors --token-groups groups.safetensors --plots figures
-    python scripts/run_audit.py run-folder --parameters 'attn.*weight'
+    jaxaudit audit
+    jaxaudit audit run.safetensors --token-groups groups.safetensors --plots figures
+    jaxaudit audit run-folder --parameters 'attn.*weight'
 
 Without a recording, the sample that ships with the package is audited. Of the folder of a whole model (with a
 recording.json), every parameter is. The result is a NetCDF file for
@@ -19,10 +18,12 @@ from collections.abc import Sequence
 
 from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
 
+_NAME = "jaxaudit audit"
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = described_parser("run_audit.py", __doc__ or "")
+
+def parser(program: str = _NAME) -> argparse.ArgumentParser:
+    """Describe the command line of a program of this name."""
+    p = described_parser(program, __doc__ or "", _NAME)
     p.add_argument("recording", nargs="?", help="the recording (default: the sample)")
     p.add_argument("--parameter", metavar="NAME", help="which one, of several in the source")
     p.add_argument("--parameters", metavar="REGEX", help="of a whole model, those it is found in")
@@ -65,16 +66,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser().parse_args(argv)))
+    return run(lambda: _main(parser(program).parse_args(argv), program))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        return put(f"jaxaudit {version('jaxaudit')}", "run_audit.py")
+        return put(f"jaxaudit {version('jaxaudit')}", program)
     from jaxaudit.commands import AuditRequest, Failure
     from jaxaudit.models.command import run_audit
 
@@ -84,12 +85,8 @@ def _main(arguments: argparse.Namespace) -> int:
         status, text = run_audit(request, progress)
     except Failure as failure:
         close()
-        print(f"run_audit.py: error: {failure}", file=sys.stderr)
+        print(f"{program}: error: {failure}", file=sys.stderr)
         return failure.status
     finally:
         close()
-    return put(text, "run_audit.py") or status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return put(text, program) or status

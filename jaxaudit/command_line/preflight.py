@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Tell before a run which parts of an Adam step cannot act in its format, and from which number on they do.
 
-    python scripts/preflight.py --learning-rate 1e-3 --weight-decay .1
-    python scripts/preflight.py --beta2 .99 --dtype float16 --epsilon 1e-4 --weight-scale .02 --json
+    jaxaudit preflight --learning-rate 1e-3 --weight-decay .1
+    jaxaudit preflight --beta2 .99 --dtype float16 --epsilon 1e-4 --weight-scale .02 --json
 
 No recording is needed. For the 16-bit formats the formulas of the optimizer are replayed for every positive value;
 thresholds are exact: the next double below or above does the opposite.
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 
 from jaxaudit.terminal import described_parser, put, run
 
-_NAME = "preflight.py"
+_NAME = "jaxaudit preflight"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = described_parser(_NAME, __doc__ or "")
+def parser(program: str = _NAME) -> argparse.ArgumentParser:
+    """Describe the command line of a program of this name."""
+    p = described_parser(program, __doc__ or "", _NAME)
     p.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="default: 1e-3")
     p.add_argument("--beta1", type=float, default=0.9, metavar="X", help="default: 0.9")
     p.add_argument("--beta2", type=float, default=0.999, metavar="X", help="default: 0.999")
@@ -48,16 +47,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser().parse_args(argv)))
+    return run(lambda: _main(parser(program).parse_args(argv), program))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        return put(f"jaxaudit {version('jaxaudit')}", _NAME)
+        return put(f"jaxaudit {version('jaxaudit')}", program)
     import json
 
     from jaxaudit.preflight import preflight
@@ -67,12 +66,8 @@ def _main(arguments: argparse.Namespace) -> int:
     try:
         found = preflight(**asked, decoupled=not arguments.l2)
     except ValueError as error:
-        print(f"{_NAME}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        return put(json.dumps(found.as_json(), indent=2, allow_nan=False), _NAME)
-    return put(found.describe(), _NAME)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return put(json.dumps(found.as_json(), indent=2, allow_nan=False), program)
+    return put(found.describe(), program)

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Compare two recorded runs, or two results: where they part, how far apart they grow, what differs.
 
-    python scripts/compare_runs.py loop.safetensors fused.safetensors --plots figures
-    python scripts/compare_runs.py bfloat16.nc float32-master.nc
+    jaxaudit compare loop.safetensors fused.safetensors --plots figures
+    jaxaudit compare bfloat16.nc float32-master.nc
 
 Recordings are laid upon each other by timestep and token; tensors of one format are compared bit for bit, of different
 formats by their exact values. Of NetCDF files, such as two audits, every variable is compared. The result is a NetCDF
@@ -18,12 +17,12 @@ from collections.abc import Sequence
 
 from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
 
-_NAME = "compare_runs.py"
+_NAME = "jaxaudit compare"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = described_parser(_NAME, __doc__ or "")
+def parser(program: str = _NAME) -> argparse.ArgumentParser:
+    """Describe the command line of a program of this name."""
+    p = described_parser(program, __doc__ or "", _NAME)
     p.add_argument("a", metavar="A", nargs="?", help="a recording, or a NetCDF file")
     p.add_argument("b", metavar="B", nargs="?", help="another of the same kind")
     p.add_argument(
@@ -43,18 +42,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser().parse_args(argv)))
+    return run(lambda: _main(parser(program).parse_args(argv), program))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.version:
         from importlib.metadata import version
 
-        return put(f"jaxaudit {version('jaxaudit')}", _NAME)
+        return put(f"jaxaudit {version('jaxaudit')}", program)
     if arguments.b is None:  # not argparse's to check, or --version would need both
-        print(f"{_NAME}: error: two files are needed, A and B; see --help", file=sys.stderr)
+        print(f"{program}: error: two files are needed, A and B; see --help", file=sys.stderr)
         return 2
     from jaxaudit.commands import Failure
     from jaxaudit.divergence.command import CompareRequest, compare_runs
@@ -65,12 +64,8 @@ def _main(arguments: argparse.Namespace) -> int:
         status, text = compare_runs(request, progress)
     except Failure as failure:
         close()
-        print(f"{_NAME}: error: {failure}", file=sys.stderr)
+        print(f"{program}: error: {failure}", file=sys.stderr)
         return failure.status
     finally:
         close()
-    return put(text, _NAME) or status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return put(text, program) or status

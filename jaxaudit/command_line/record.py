@@ -1,12 +1,15 @@
 """Train a small language model and record its embedding after every optimizer step.
 
-    python scripts/record_run.py --output results/run.safetensors --steps 1000 --dtype bfloat16
+    jaxaudit record --output results/run.safetensors --steps 1000 --dtype bfloat16
 
 The model reads English with a tokenizer that was trained on Japanese as well, so about a third of
 its tokens are dead: never used, and frozen after a while. Beside the recording, the token groups
 file says which. The defaults write 7.7 GB; `--rows dead:100,live:100` makes it 0.2 GB.
 
 Interrupted with Ctrl-C, it ends early and leaves a valid, shorter recording.
+
+Exit status: 0 the run was recorded to its end; 2 wrong usage, something to install, or an output that cannot be
+written; 130 interrupted.
 """
 
 import argparse
@@ -20,17 +23,20 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from jaxaudit import terminal
+
 if TYPE_CHECKING:  # torch takes seconds to import, and may be missing
     from jaxaudit.recorders.small_language_model import Outcome
 
 #: Options that `record` takes under the same names.
 PASSED_ON = ["device", "seed", "rows", "batch_size", "sequence_length", "moments", "overwrite"]
 
+_NAME = "jaxaudit record"
 
-def parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    kind = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+
+def parser(program: str = _NAME) -> argparse.ArgumentParser:
+    """Describe the command line of a program of this name."""
+    result = terminal.described_parser(program, __doc__ or "", _NAME)
     add_outputs(result.add_argument_group("files"))
     add_training(result.add_argument_group("training"))
     add_optimizer(result.add_argument_group("optimizer"))
@@ -92,26 +98,29 @@ def positive(text: str) -> int:
     return number
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Record a run; 0 if it ran to its end, 2 if it could not, 130 if it was interrupted."""
-    arguments = parser().parse_args(argv)
+    return terminal.run(lambda: _main(parser(program).parse_args(argv), program))
+
+
+def _main(arguments: argparse.Namespace, program: str) -> int:
     try:
         with one_interruption():
-            return run(arguments)
+            return record(arguments, program)
     except KeyboardInterrupt:
-        notify("interrupted before the first step was complete; nothing was written.")
+        notify("interrupted before the first step was complete; nothing was written.", program)
         return 130
     except ImportError as failure:
-        notify(f'{failure.name or failure} is missing: pip install "jaxaudit[torch]"')
+        missing = failure.name or failure
+        return complain(f'{missing} is missing: pip install "jaxaudit[torch]"', program)
     except OSError as failure:
         place = f"{failure.filename}: " if failure.filename else ""
-        notify(place + (failure.strerror or str(failure)))
+        return complain(place + (failure.strerror or str(failure)), program)
     except (ValueError, TypeError, RuntimeError) as failure:
-        notify(str(failure).splitlines()[0])
-    return 2
+        return complain(str(failure).splitlines()[0], program)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def record(arguments: argparse.Namespace, program: str) -> int:
     """Record the run that the arguments describe, and say what came of it."""
     import torch
 
@@ -134,20 +143,22 @@ def run(arguments: argparse.Namespace) -> int:
         progress=progress_of(arguments.quiet),
         **{name: getattr(arguments, name) for name in PASSED_ON},
     )
-    return report(arguments.output, groups, outcome)
+    return report(arguments.output, groups, outcome, program)
 
 
-def report(output: Path, groups: Path, outcome: "Outcome") -> int:
+def report(output: Path, groups: Path, outcome: "Outcome", program: str) -> int:
     """Print what a run left behind, and return the exit status."""
     if outcome.interrupted and not outcome.steps:
         raise KeyboardInterrupt
     if outcome.interrupted:
-        notify(f"interrupted: {output} is valid and holds {outcome.steps} steps.")
+        notify(f"interrupted: {output} is valid and holds {outcome.steps} steps.", program)
     size = output.stat().st_size / 1e9
-    print(f"{output}: {outcome.steps} steps, {outcome.dead + outcome.live} rows, {size:.3f} GB")
-    print(f"{groups}: {outcome.dead} dead, {outcome.live} live")
-    print(f"loss: {outcome.losses[0]:.3f} at step 1, {outcome.losses[-1]:.3f} at the last")
-    return 130 if outcome.interrupted else 0
+    lines = (
+        f"{output}: {outcome.steps} steps, {outcome.dead + outcome.live} rows, {size:.3f} GB",
+        f"{groups}: {outcome.dead} dead, {outcome.live} live",
+        f"loss: {outcome.losses[0]:.3f} at step 1, {outcome.losses[-1]:.3f} at the last",
+    )
+    return terminal.put("\n".join(lines), program) or (130 if outcome.interrupted else 0)
 
 
 def progress_of(quiet: bool) -> Callable[[range], Iterable[int]]:
@@ -161,9 +172,15 @@ def progress_of(quiet: bool) -> Callable[[range], Iterable[int]]:
     return lambda steps: tqdm(steps, unit="step", file=sys.stderr)
 
 
-def notify(message: str) -> None:
+def notify(message: str, program: str) -> None:
     """Write a notice to stderr."""
-    print(f"record_run: {message}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
+
+
+def complain(message: str, program: str) -> int:
+    """Write an error to stderr; return the exit status."""
+    notify(f"error: {message}", program)
+    return 2
 
 
 @contextlib.contextmanager
@@ -185,7 +202,3 @@ def one_interruption() -> Iterator[None]:
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
