@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""The same as `jaxaudit preflight`, from a checkout; see --help and jaxaudit/command_line/preflight.py."""
+
+import functools
+import sys
+
+from jaxaudit.command_line import preflight
+
+main = functools.partial(preflight.main, program="preflight.py")
+
+if __name__ == "__main__":
+    sys.exit(main())

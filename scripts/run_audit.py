@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""The same as `jaxaudit audit`, from a checkout; see --help and jaxaudit/command_line/audit.py."""
+
+import functools
+import sys
+
+from jaxaudit.command_line import audit
+
+main = functools.partial(audit.main, program="run_audit.py")
+
+if __name__ == "__main__":
+    sys.exit(main())
