@@ -643,7 +643,9 @@ def test_script_refuses_wrong_usage(record_run, tmp_path, capsys):
         assert record_run.main([*output, *wrong]) == 2
     absent = ["--output", str(tmp_path / "absent" / "run.safetensors")]
     assert record_run.main(absent) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("record_run.py: error: the folder of")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("record_run.py: error: the folder of")
+    )
 
 
 def test_rows_are_chosen_evenly(record_run):
