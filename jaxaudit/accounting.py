@@ -22,6 +22,7 @@ from jaxaudit.operations import Formulation, combined, narrow_patterns
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
 from jaxaudit.replay import Program, Recorded
 from jaxaudit.steps import STAGES, Stage, Step
+from jaxaudit.strips import Countable, keep_first
 from jaxaudit.workbench import Candidate, Place, Workbench
 
 
@@ -35,8 +36,21 @@ class _Outcome:
     replayed: jax.Array | None
 
 
-class Tables:
+class Tables(Countable):
     """The numbers of an audit, filled in window by window."""
+
+    MERGED = {
+        "mismatches": "sum",
+        "distances": "max",
+        "first": "first",
+        "observed": "sum",
+        "predicted": "sum",
+        "difference": "sum",
+        "product": "sum",
+        "roundings": "sum",
+        "nonfinite": "sum",
+        "unrepresentable": "sum",
+    }
 
     def __init__(
         self,
@@ -87,11 +101,13 @@ class Tables:
         return slice(window.first - self.steps[0], window.first - self.steps[0] + window.steps)
 
 
-class Divergence:
+class Divergence(Countable):
     """How far each arithmetic, left to itself, gets from the recording.
 
     It starts from the recorded weights and moments and sees nothing but the gradients from then on.
     """
+
+    MERGED = {"mismatches": "sum", "distances": "max", "squares": "sum"}
 
     def __init__(self, bench: Workbench, tables: Tables, candidates: Sequence[Candidate]):
         self._bench, self._tables, self._candidates = bench, tables, candidates
@@ -102,6 +118,10 @@ class Divergence:
         self.distances = self.mismatches.copy()
         self.squares = np.where(kept, np.zeros(count), math.nan)
         self._apart: set[tuple[int, tuple[int, int]]] = set()
+
+    def forget(self) -> None:
+        """Forget what has parted from the recording in a strip."""
+        self._apart.clear()
 
     def follow(
         self,
@@ -273,8 +293,9 @@ class Accountant:
         tables.distances[a, s, place] = np.maximum(
             tables.distances[a, s, place], max_groups(distances[: window.steps], members)
         )
-        if tables.first[a, s, 0] == results.NOT_AUDITED:
-            tables.first[a, s] = self._locate(outcome, window, window.tensors[stage])
+        known = tables.first[a, s]
+        if known[0] == results.NOT_AUDITED or window.first <= known[0]:  # in an earlier strip
+            keep_first(known, self._locate(outcome, window, window.tensors[stage]))
 
     def _enter_roundings(
         self,

@@ -1,32 +1,29 @@
 """The audit: replay every recorded step, compare, label."""
 
 import contextlib
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import xarray as xr
 
-from jaxaudit import results, stochastic
 from jaxaudit.accounting import Accountant, Divergence, Tables
-from jaxaudit.comparison import members_within
 from jaxaudit.devices import Backend, find_devices
-from jaxaudit.floats import FLOAT32
 from jaxaudit.identification import Known, check_names, choose
+from jaxaudit.labelling import Notes, label_audit, label_free_run
 from jaxaudit.ledger import verdict
 from jaxaudit.ledger.ledger import Ledger
 from jaxaudit.ledger.subject import LedgerOptions, Subject
-from jaxaudit.provenance import provenance
-from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window, token_groups_of
+from jaxaudit.parts import Parts
+from jaxaudit.recording import Recording, TokenGroups, Window, token_groups_of
 from jaxaudit.safetensors_file import FileError
-from jaxaudit.steps import STAGES
+from jaxaudit.strips import Countable, Numbers, Strip, members_within, strips_of
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
-#: Told at the start and after each window: bytes of the recording done, bytes in all, and the last timestep done.
+#: Told at the start and after each window: bytes of the recording done, bytes in all, and the last of as many timesteps as
+#: these bytes come to.
 Progress = Callable[[int, int, int], None]
 
 _USUAL = LedgerOptions()
@@ -66,10 +63,11 @@ def audit(
         BackendError: the backend is absent, or has fewer devices.
         SelfTestError: the device cannot compute what the audit needs.
     """
-    request = _Request(
-        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
-    )
-    return _audit(request)[""]
+    with Audit(
+        recording, groups, arithmetics=arithmetics, backend=backend, devices=devices, steps=steps,
+        window_steps=window_steps, progress=progress, run_freely=False,
+    ) as audit:  # fmt: skip
+        return audit.run()[""]
 
 
 def free_run(
@@ -105,10 +103,11 @@ def free_run(
     Raises:
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
-    request = _Request(
-        recording, groups, arithmetics, backend, devices, steps, window_steps, progress
-    )
-    return _audit(request, run_freely=True)["free_run"]
+    with Audit(
+        recording, groups, arithmetics=arithmetics, backend=backend, devices=devices, steps=steps,
+        window_steps=window_steps, progress=progress,
+    ) as audit:  # fmt: skip
+        return audit.run()["free_run"]
 
 
 def audit_groups(
@@ -123,8 +122,9 @@ def audit_groups(
     progress: Progress | None = None,
     ledger: LedgerOptions | None = _USUAL,
     known: Sequence[Known] = (),
+    parts: Parts | None = None,
 ) -> dict[str, xr.Dataset]:
-    """Do everything that there is to do with a recording, in one reading.
+    """Do everything that there is to do with a recording.
 
     Args:
         recording: the run.
@@ -138,6 +138,7 @@ def audit_groups(
         ledger: what is asked of the ledger; None for no ledger.
         known: arithmetics that "auto" tries before the whole catalogue (`identification.fitting`). The attribute
             `identified_by` at the root then says what the replayed ones were found by: `known` or `recording`.
+        parts: a folder that keeps what is done, for an audit that is to go on where it was interrupted.
 
     Returns:
         The dataset of each group of the file: under "" what `audit` returns, under "free_run" what `free_run`
@@ -146,18 +147,11 @@ def audit_groups(
     Raises:
         FileError, ValueError, BackendError, SelfTestError: as `audit`.
     """
-    request = _Request(
-        recording,
-        groups,
-        arithmetics,
-        backend,
-        devices,
-        steps,
-        window_steps,
-        progress,
-        tuple(known),
-    )
-    return _audit(request, run_freely=True, ledger=ledger)
+    with Audit(
+        recording, groups, arithmetics=arithmetics, backend=backend, devices=devices, steps=steps,
+        window_steps=window_steps, progress=progress, ledger=ledger, known=known,
+    ) as audit:  # fmt: skip
+        return audit.run(parts)
 
 
 def audit_tree(
@@ -168,102 +162,245 @@ def audit_tree(
     return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in found.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """The arguments of `audit`."""
+class Audit(contextlib.ExitStack):
+    """An audit as a number of tasks, each of which can be done by itself; a context manager.
 
-    recording: Recording
-    groups: TokenGroups | None
-    arithmetics: str | Sequence[str]
-    backend: Backend
-    devices: int | None
-    steps: tuple[int, int] | None
-    window_steps: int | None
-    progress: Progress | None
-    known: tuple[Known, ...] = ()
+    Every strip of rows is a task, and what is told of all rows at once another. A task's numbers do not depend on what was
+    done before; `merge` puts those of all tasks together, whoever did them.
 
+    Args:
+        recording: the run; it must stay open.
+        groups, arithmetics, backend, devices, steps, window_steps, progress, ledger, known: as for `audit_groups`.
+        run_freely: leave each arithmetic to itself as well.
 
-def _audit(
-    request: _Request, *, run_freely: bool = False, ledger: LedgerOptions | None = None
-) -> dict[str, xr.Dataset]:
-    """Return the dataset of each group of the file, the root's under ""."""
-    recording = request.recording
-    groups = request.groups or token_groups_of(recording)
-    check_names(request.arithmetics)
-    _check_groups(recording, groups)
-    steps = check_steps(recording, request.steps)
-    devices = find_devices(request.backend, request.devices)
-    with (
-        jax.enable_x64(True),
-        jax.default_device(devices[0]),
-        contextlib.ExitStack() as unfinished,
+    Attributes:
+        tasks: their names, in the order in which their numbers are merged.
+
+    Raises:
+        FileError, ValueError, BackendError, SelfTestError: as `audit`.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        groups: TokenGroups | None = None,
+        *,
+        arithmetics: str | Sequence[str] = "auto",
+        backend: Backend = "auto",
+        devices: int | None = None,
+        steps: tuple[int, int] | None = None,
+        window_steps: int | None = None,
+        progress: Progress | None = None,
+        ledger: LedgerOptions | None = None,
+        known: Sequence[Known] = (),
+        run_freely: bool = True,
     ):
-        bench = Workbench(recording, devices, steps, request.window_steps)
-        choice = choose(bench, request.arithmetics, request.known)
-        candidates = choice.candidates
-        tables = Tables(recording, groups, len(candidates), steps)
-        divergence = Divergence(bench, tables, candidates) if run_freely else None
-        accountant = Accountant(bench, tables, candidates, divergence)
-        book = None
-        if ledger:
-            subject = Subject(bench, choice.nearest, groups, steps)
-            book = unfinished.enter_context(Ledger(subject, ledger))
-        _read(bench, request, accountant, book, groups)
-        kept = _kept(tables, candidates)
-        exact = choice.nearest is not None and _replays(tables, candidates.index(choice.nearest))
+        super().__init__()
+        self._recording, self._groups = recording, groups or token_groups_of(recording)
+        check_names(arithmetics)
+        _check_groups(recording, self._groups)
+        steps = check_steps(recording, steps)
+        self._devices = find_devices(backend, devices)
+        self._progress, self._known = progress or (lambda *_: None), tuple(known)
+        self._notes, self._done = Notes(), 0
+        with self._settings():
+            self._bench = bench = Workbench(recording, self._devices, steps, window_steps)
+            self._choice = choose(bench, arithmetics, self._known)
+            candidates = self._choice.candidates
+            self._tables = Tables(recording, self._groups, len(candidates), steps)
+            self._divergence = Divergence(bench, self._tables, candidates) if run_freely else None
+            self._accountant = Accountant(bench, self._tables, candidates, self._divergence)
+            self._book: Ledger | None = None
+            if ledger:
+                subject = Subject(bench, self._choice.nearest, self._groups, steps)
+                self._book = self.enter_context(Ledger(subject, ledger))
+        self._strips = {strip_name(strip): strip for strip in bench.strips}
+        self.tasks = task_names(recording, ledger=ledger is not None)
+
+    def run(self, parts: Parts | None = None) -> dict[str, xr.Dataset]:
+        """Do every task that is not done yet, in order; return the dataset of each group of the file.
+
+        Args:
+            parts: where the numbers of tasks are kept until the last is done.
+        """
+        if parts is None:
+            self._tell()
+            for name in self.tasks:
+                self._do(name)
+            return self.datasets()
+        self.publish(parts, self.tasks)
+        self.merge(parts)
+        found = self.datasets()
+        found[""].attrs["created_at"] = parts.started_at
+        return found
+
+    def publish(self, parts: Parts, names: Iterable[str]) -> None:
+        """Do tasks and keep their numbers; those that are there already, whoever did them, count as done."""
+        self._tell()
+        for name in names:
+            if parts.has(name):
+                self._advance(name)
+                continue
+            self._clear()
+            self._do(name)
+            parts.write(name, self._numbers(name), self._notes.as_json())
+
+    def merge(self, parts: Parts) -> None:
+        """Put the numbers of all tasks together.
+
+        Raises:
+            FileError: one is not there, or damaged.
+        """
+        self._clear()
+        for name in self.tasks:
+            numbers, notes = parts.read(name)
+            for prefix, each in self._countable(name):
+                each.merge(numbers, self._strip_of(name), prefix)
+            try:
+                self._notes.take(Notes.of_json(notes))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise parts.damaged(name) from error
+
+    def datasets(self) -> dict[str, xr.Dataset]:
+        """Return the dataset of each group of the file, the root's under ""."""
+        tables, divergence, choice = self._tables, self._divergence, self._choice
+        kept = _kept(tables, choice.candidates)
+        exact = choice.nearest is not None and _replays(
+            tables, choice.candidates.index(choice.nearest)
+        )
         tables.keep(kept)
-        candidates = [candidates[k] for k in kept]
-        if divergence:
-            divergence.keep(kept)
-        found = {"": _label(bench, tables, candidates)}
-        if request.known:
-            found[""].attrs["identified_by"] = "known" if choice.known else "recording"
-        if divergence:
-            found["free_run"] = _label_free_run(found[""], divergence)
-        if book:
-            found |= book.datasets()
-            found[""] = _with_verdict(found, choice.nearest, exact=exact)
-    return found
+        candidates = {k: choice.candidates[k] for k in kept}
+        with self._settings():
+            found = {"": label_audit(self._bench, tables, candidates, self._notes)}
+            if self._known:
+                found[""].attrs["identified_by"] = "known" if choice.known else "recording"
+            if divergence:
+                divergence.keep(kept)
+                found["free_run"] = label_free_run(found[""], divergence)
+            if self._book:
+                found |= self._book.datasets()
+                found[""] = _with_verdict(found, choice.nearest, exact=exact)
+        return found
 
+    def _do(self, name: str) -> None:
+        """Do a task: its numbers are added to those that are there."""
+        with self._settings():
+            if name == CLUSTERS:
+                assert self._book
+                self._book.clusters.follow(self._advance_window)
+                return
+            self._bench.begin()
+            for each in (self._tables, self._divergence, self._book):
+                if each:
+                    each.forget()
+            self._read(self._strips[name])
+            self._notes.take(self._noted())
 
-def _read(
-    bench: Workbench,
-    request: _Request,
-    accountant: Accountant,
-    book: Ledger | None,
-    groups: TokenGroups,
-) -> None:
-    """Take every window into the audit, and into the ledger."""
-    if bench.steps[0] > 1 and accountant.needs_run_up:
-        for window in bench.windows((1, bench.steps[0])):
-            accountant.run_up(window)
-    done, total = 0, bench.bytes(bench.steps[1] - bench.steps[0], bench.recording.tokens)
-    tell = request.progress or (lambda done, total, timestep: None)
-    tell(done, total, bench.steps[0] - 1)
-    for window, arrays in _one_ahead(bench, accountant):
-        members = members_within(groups, window.rows)
-        if book:
-            book.take(window, arrays, members)
-        accountant.account(window, arrays, members)
-        if book:
-            book.finish()  # what it counts on the host goes on beside the accounting
-        done += bench.bytes(window.steps, window.rows[1] - window.rows[0])
-        tell(done, total, window.range[1] - 1)
+    def _read(self, strip: Strip) -> None:
+        """Take every window of a strip into the audit, and into the ledger."""
+        bench, accountant, book = self._bench, self._accountant, self._book
+        if bench.steps[0] > 1 and accountant.needs_run_up:
+            for window in bench.windows((1, bench.steps[0]), [strip]):
+                accountant.run_up(window)
+        for window, arrays in self._one_ahead(strip):
+            members = members_within(self._groups, window)
+            if book:
+                book.take(window, arrays, members)
+            accountant.account(window, arrays, members)
+            if book:
+                book.finish()  # what it counts on the host goes on beside the accounting
+            self._advance_window(window)
 
-
-def _one_ahead(
-    bench: Workbench, accountant: Accountant
-) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
-    """Return each window after the next one was started, so that the device never waits for the host."""
-    held = None
-    for window in bench.windows(bench.steps):
-        arrays = bench.put(window)
-        accountant.start(window, arrays)
+    def _one_ahead(self, strip: Strip) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
+        """Return each window after the next one was started, so that the device never waits for the host."""
+        held = None
+        for window in self._bench.windows(self._bench.steps, [strip]):
+            arrays = self._bench.put(window)
+            self._accountant.start(window, arrays)
+            if held:
+                yield held
+            held = window, arrays
         if held:
             yield held
-        held = window, arrays
-    if held:
-        yield held
+
+    def _noted(self) -> Notes:
+        """Return what is known after a strip."""
+        settled = {
+            k: {t: tuple(map(float, nudge)) for t, nudge in self._bench.nudges[c].items()}
+            for k, c in enumerate(self._choice.candidates)
+            if self._bench.nudges.get(c)
+        }
+        return Notes(self._bench.replayer.self_tests(), settled)
+
+    def _numbers(self, name: str) -> Numbers:
+        found: Numbers = {}
+        for prefix, each in self._countable(name):
+            found |= each.numbers(self._strip_of(name), prefix)
+        return found
+
+    def _clear(self) -> None:
+        """Forget all numbers."""
+        self._notes = Notes()
+        for task in (self.tasks[0], CLUSTERS):
+            for _, each in self._countable(task):
+                each.clear()
+
+    def _countable(self, name: str) -> Iterator[tuple[str, Countable]]:
+        """Go through what the numbers of a task are in."""
+        if name == CLUSTERS:
+            if self._book:
+                yield "clusters.", self._book.clusters
+            return
+        yield "tables.", self._tables
+        if self._divergence:
+            yield "free_run.", self._divergence
+        if self._book:
+            yield "ledger.", self._book
+
+    def _strip_of(self, name: str) -> Strip:
+        whole = (0, self._recording.tokens)
+        return self._strips.get(name, Strip(0, whole, whole))
+
+    def _advance(self, name: str) -> None:
+        """Count a task as done."""
+        strip, names = self._strip_of(name), ("param",) if name == CLUSTERS else self._bench.names
+        steps = self._bench.steps[1] - self._bench.steps[0]
+        self._done += self._bench.bytes(steps, strip.own[1] - strip.own[0], names)
+        self._tell()
+
+    def _advance_window(self, window: Window) -> None:
+        rows = window.own[1] - window.own[0]
+        self._done += self._bench.bytes(window.steps, rows, tuple(window.tensors))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell how many bytes are done, and as how many timesteps these count."""
+        bench, tokens = self._bench, self._recording.tokens
+        steps = bench.steps[1] - bench.steps[0]
+        total = bench.bytes(steps, tokens)
+        if self._book:
+            total += bench.bytes(steps, tokens, ("param",))
+        self._progress(self._done, total, bench.steps[0] - 1 + steps * self._done // total)
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        with jax.enable_x64(True), jax.default_device(self._devices[0]):
+            yield
+
+
+#: Name of the task that looks at all rows at once.
+CLUSTERS = "clusters"
+
+
+def strip_name(strip: Strip) -> str:
+    """Name the task that takes a strip."""
+    return f"strip-{strip.number:06}"
+
+
+def task_names(recording: Recording, *, ledger: bool) -> list[str]:
+    """Name the tasks of an audit, without starting it."""
+    names = [strip_name(strip) for strip in strips_of(recording.tokens, recording.width)]
+    return names + [CLUSTERS] * ledger
 
 
 def _replays(tables: Tables, a: int) -> bool:
@@ -280,7 +417,7 @@ def _with_verdict(
         ledger_arithmetic=followed, ledger_arithmetic_replays_exactly=int(exact)
     )
     told = verdict.sentences({**found, "": root})
-    return root.assign_attrs(verdict=_json(verdict.as_json(told)))
+    return root.assign_attrs(verdict=json.dumps(verdict.as_json(told), sort_keys=True))
 
 
 def _kept(tables: Tables, candidates: Sequence[Candidate]) -> list[int]:
@@ -294,154 +431,9 @@ def _kept(tables: Tables, candidates: Sequence[Candidate]) -> list[int]:
     return list(best.values())
 
 
-def _label_free_run(dataset: xr.Dataset, divergence: Divergence) -> xr.Dataset:
-    apart = divergence.mismatches > 0
-    steps = dataset.timestep.values[:, None]
-    first = np.where(
-        apart.any(axis=1), np.where(apart, steps, np.iinfo(np.int64).max).min(axis=1), 0
-    )
-    first[~np.array(divergence.runs, bool)] = results.NOT_AUDITED
-    arrays = {
-        "mismatch_count": divergence.mismatches,
-        "max_ulp_distance": divergence.distances,
-        "norm_divergence": np.sqrt(divergence.squares),
-        "first_divergence": first,
-    }
-    names = ("timestep", "token_group", "arithmetic")
-    coordinates = {name: dataset[name].values for name in names}
-    title = {"title": "weights of each arithmetic left to itself against the recorded ones"}
-    return results.label(arrays, coordinates, title, results.FREE_RUN_VARIABLES)
-
-
 def _check_groups(recording: Recording, groups: TokenGroups) -> None:
     if groups.tokens != recording.tokens:
         raise FileError(
             f"{recording.path}: the token groups are over {groups.tokens} tokens, but the recording has "
             f"{recording.tokens}. Give the groups that belong to this recording."
         )
-
-
-def _label(bench: Workbench, tables: Tables, candidates: Sequence[Candidate]) -> xr.Dataset:
-    recording, groups = bench.recording, tables.groups
-    observed = np.sqrt(tables.observed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        predicted = np.sqrt(tables.predicted)
-        cosine = tables.product / (predicted * observed)
-        ratio = predicted / observed
-    steps = slice(tables.steps[0] - 1, tables.steps[1] - 1)
-    given = recording.hyperparameters
-    rates = given.learning_rate[steps] if given else np.full(observed.shape[0], math.nan)
-    arrays = {
-        "element_count": [m.size * recording.width for m in groups.members.values()],
-        "mismatch_count": tables.mismatches,
-        "max_ulp_distance": tables.distances,
-        "audited": tables.audited,
-        "first_mismatch": tables.first,
-        "norm_observed": observed,
-        "norm_predicted": predicted,
-        "norm_difference": np.sqrt(tables.difference),
-        "cosine_similarity": cosine,
-        "ratio": ratio,
-        "nonfinite_count": tables.nonfinite,
-        "unrepresentable_count": tables.unrepresentable,
-        "learning_rate": rates,
-    }
-    if any(c.arithmetic.stochastic for c in candidates):
-        arrays |= _roundings(tables, [c.arithmetic.stochastic for c in candidates])
-    if recording.losses is not None:
-        arrays["loss"] = recording.losses[steps]
-    coordinates = {
-        "timestep": np.arange(*tables.steps, dtype=np.int64),
-        "token_group": groups.names,
-        "arithmetic": [c.arithmetic.name for c in candidates],
-        "stage": list(STAGES),
-        "tensor": [TENSOR_KEYS[name] for name in tables.tensors],
-        "mismatch_field": list(results.MISMATCH_FIELDS),
-    }
-    if "rounding_p_value" in arrays:
-        edges = np.arange(stochastic.BINS) / stochastic.BINS
-        coordinates["fraction_bin"] = edges + 0.5 / stochastic.BINS
-    dataset = results.label(arrays, coordinates, {})
-    dataset.attrs = _provenance(bench, dataset, candidates)
-    return dataset
-
-
-def _roundings(tables: Tables, by_chance: Sequence[bool]) -> dict[str, Any]:
-    """Sum up what stochastic rounding did, where an arithmetic has it."""
-    found = np.where(np.array(by_chance)[:, None, None, None], tables.roundings, math.nan)
-    whole = found.sum(axis=2)
-    return {
-        "rounded_away_count": found[0].sum(axis=-1),
-        "rounded_away_expected": found[1].sum(axis=-1),
-        "rounding_p_value": stochastic.p_value(*found),
-        "rounded_away_count_by_fraction": whole[0],
-        "rounded_away_expected_by_fraction": whole[1],
-        "rounding_p_value_of_all_timesteps": stochastic.p_value(*whole),
-    }
-
-
-def _provenance(
-    bench: Workbench, dataset: xr.Dataset, candidates: Sequence[Candidate]
-) -> dict[str, Any]:
-    recording, given = bench.recording, bench.recording.hyperparameters
-    return {
-        "title": f"jaxaudit of {recording.path.name}",
-        "identified_arithmetic": ",".join(fitting_arithmetics(dataset)),
-        "hyperparameters": _json(given.as_json() if given else {}),
-        "arithmetics": _json(
-            {
-                c.arithmetic.name: {
-                    "formula": c.arithmetic.formula,
-                    "source": c.arithmetic.source,
-                    "confirmed": c.arithmetic.confirmed or "not yet confirmed on hardware",
-                    "variant": c.arithmetic.variant,
-                    "options": dataclasses.asdict(c.options),
-                    "hyperparameters": c.given.differences(given) if given else {},
-                    "uncertain_scalars_settled": len(bench.nudges.get(c, {})),
-                }
-                for c in candidates
-            }
-        ),
-        "recording_metadata": _json(recording.metadata),
-        "source": str(recording.path),
-        "source_bytes": int(recording.bytes),
-        "source_sha256_head": recording.fingerprint(),
-        "storage_format": recording.storage.name,
-        "state_precision": _state_precision(recording, dataset),
-        "self_test": _json(bench.replayer.self_tests()),
-    } | provenance(bench.device, len(bench.placement.devices))
-
-
-def fitting_arithmetics(dataset: xr.Dataset) -> list[str]:
-    """Name the arithmetics under which every audited stage came out without a mismatch, best first."""
-    audited = dataset.audited == 1
-    wrong = dataset.mismatch_count.where(audited, 0).sum(("stage", "timestep", "token_group"))
-    fits = (wrong == 0) & audited.any("stage")
-    if "rounding_p_value_of_all_timesteps" in dataset:
-        by_chance = dataset.rounding_p_value_of_all_timesteps.sel(token_group="all")
-        fits &= ~(by_chance < stochastic.LEAST_P_VALUE)
-    return [str(name) for name in dataset.arithmetic.values[fits.values]]
-
-
-def _state_precision(recording: Recording, dataset: xr.Dataset) -> str:
-    """Say in words what the bits of the moments show."""
-    sentences = []
-    elements = int(dataset.element_count.sel(token_group="all")) * dataset.sizes["timestep"]
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name not in recording.formats:
-            sentences.append(f"{name}: not recorded")
-            continue
-        stored = recording.formats[name]
-        if stored is not FLOAT32 or recording.storage is FLOAT32:
-            sentences.append(f"{name}: {stored.name} as stored")
-            continue
-        key = TENSOR_KEYS[name]
-        beyond = int(dataset.unrepresentable_count.sel(tensor=key, token_group="all").sum())
-        share = f"{elements - beyond:,} of {elements:,} values fit {recording.storage.name}"
-        verdict = recording.storage.name if beyond == 0 else "float32"
-        sentences.append(f"{name}: {verdict} (stored as float32; {share})")
-    return "; ".join(sentences)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -25,7 +26,9 @@ from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.devices import BackendError, find_devices
 from jaxaudit.ledger import figures as ledger_figures
 from jaxaudit.ledger.subject import LedgerOptions
+from jaxaudit.parts import OtherAudit, Parts
 from jaxaudit.process import keep_freed_memory, keep_programs
+from jaxaudit.provenance import now, version_of
 from jaxaudit.recording import (
     Recording,
     TokenGroups,
@@ -37,6 +40,7 @@ from jaxaudit.recording import (
 from jaxaudit.replay import SelfTestError
 from jaxaudit.safetensors_file import FileError, printable
 from jaxaudit.sources.model_folder import file_name
+from jaxaudit.spreading import SpreadingError, do_with_dask, share_of
 
 NOT_AS_EXPECTED, WRONG_USAGE, BAD_INPUT, SELF_TEST_FAILED = 1, 2, 3, 4
 
@@ -50,6 +54,8 @@ _NAMES = (
     "csv",
     "plots",
     "report",
+    "scheduler",
+    "shard",
 )
 
 #: Header of the tables, as the first analyses of such runs wrote it.
@@ -92,40 +98,119 @@ class AuditRequest:
     counterfactual_beta2: str = "0.95"
     seed: int = 0
     per_token: bool = False
+    workers: int | None = None
+    scheduler: str | None = None
+    shard: str | None = None
     overwrite: bool = False
     json: bool = False
     quiet: bool = False
 
 
-def run_audit(request: AuditRequest, progress: auditing.Progress | None = None) -> tuple[int, str]:
+#: Takes a sentence for people who watch.
+Notice = Callable[[str], None]
+
+
+def run_audit(
+    request: AuditRequest,
+    progress: auditing.Progress | None = None,
+    notice: Notice | None = None,
+) -> tuple[int, str]:
     """Audit, write the files asked for, and return the exit status and what goes to stdout.
+
+    Args:
+        request: what was asked for.
+        progress: called after each window.
+        notice: told what is not in the result: that an audit goes on where it was interrupted, say.
 
     Raises:
         Failure: anything that people can mend.
     """
-    with failures():
-        wanted, ledger = begin(request)
-        with _open(request) as recording:
-            groups = _groups(request, recording)
-            steps = _steps(request, recording)
-            output = Path(request.output or Path("results") / f"{_stem(request, recording)}.nc")
-            outputs = list(_outputs(request, output, groups, wanted))
-            inputs = [recording.path, *filter(None, [request.token_groups])]
-            check_outputs(outputs, inputs, overwrite=request.overwrite)
-            found = auditing.audit_groups(
-                recording,
-                groups,
-                arithmetics=wanted,
-                backend=request.backend,
-                devices=request.devices,
-                steps=steps,
-                progress=progress,
-                ledger=ledger,
-            )
-            lacking = _lacking(request, recording)
-        writers = _writers(request, found, output)
-        write_together(writers, overwrite=request.overwrite)
-    return _status(request, found[""]), _text(request, found, output, lacking)
+    with failures(), contextlib.ExitStack() as opened:
+        job = opened.enter_context(_Job(request, progress))
+        inputs = [job.recording.path, *filter(None, [request.token_groups])]
+        outputs = list(_outputs(request, job.output, job.groups, job.wanted))
+        check_outputs(outputs, inputs, overwrite=request.overwrite)
+        several = len(job.names) > 1 + (job.options["ledger"] is not None)
+        parts = None
+        if several or spreads(request):
+            parts = opened.enter_context(kept_parts(request, job.output, job.manifest(), notice))
+            told = progress and (lambda done, of: progress(done, of, job.recording.steps))
+            mine = own_tasks(request, job.names, parts, one_task, told)
+            if mine is not None:
+                job.publish(parts, mine)
+                last = opened.enter_context(parts.alone()) or request.shard is None
+                if not last or not all(map(parts.has, job.names)):
+                    return 0, so_far(request, job.output, parts, job.names)
+        found = auditing.audit_groups(job.recording, job.groups, parts=parts, **job.options)
+        lacking = _lacking(request, job.recording)
+        write_together(_writers(request, found, job.output), overwrite=request.overwrite)
+        if parts:
+            parts.remove()
+    return _status(request, found[""]), _text(request, found, job.output, lacking)
+
+
+def one_task(request: AuditRequest, name: str) -> None:
+    """Do a task of an audit and publish its part, in a process that does others too."""
+    global _held
+    if _held is None or _held[0] != request:
+        if _held:
+            _held[1].close()
+            _held = None
+        job = _Job(request, None)
+        _held = request, job, Parts(parts_path(job.output), job.manifest())
+    _held[1].publish(_held[2], [name])
+
+
+#: What `one_task` was asked for last: the next task is of the same audit, as a rule.
+_held: "tuple[AuditRequest, _Job, Parts] | None" = None
+
+
+class _Job(contextlib.ExitStack):
+    """A recording, opened, with what an audit of it needs; a context manager.
+
+    Attributes:
+        recording: the run.
+        groups: of its tokens.
+        wanted: the arithmetics.
+        output: the NetCDF file.
+        options: arguments of the audit.
+        names: of its tasks.
+    """
+
+    def __init__(self, request: AuditRequest, progress: auditing.Progress | None):
+        super().__init__()
+        self.wanted, ledger = begin(request)
+        self.recording = self.enter_context(_open(request))
+        try:
+            self.groups = _groups(request, self.recording)
+            name = f"{_stem(request, self.recording)}.nc"
+            self.output = Path(request.output or Path("results") / name)
+            self.options: dict[str, Any] = {
+                "arithmetics": self.wanted,
+                "backend": request.backend,
+                "devices": request.devices,
+                "steps": _steps(request, self.recording),
+                "ledger": ledger,
+                "progress": progress,
+            }
+        except BaseException:
+            self.close()
+            raise
+        self.names = auditing.task_names(self.recording, ledger=ledger is not None)
+        self._audit: auditing.Audit | None = None
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what decides the result (see `Parts`)."""
+        path = self.recording.path
+        return manifest(path, self.recording.fingerprint(), self.groups, self.options)
+
+    def publish(self, parts: Parts, names: Sequence[str]) -> None:
+        """Do tasks and keep their numbers."""
+        if names and not all(map(parts.has, names)):
+            if self._audit is None:
+                audit = auditing.Audit(self.recording, self.groups, **self.options)
+                self._audit = self.enter_context(audit)
+            self._audit.publish(parts, names)
 
 
 def _lacking(request: AuditRequest, recording: Recording) -> dict[str, str]:
@@ -135,14 +220,152 @@ def _lacking(request: AuditRequest, recording: Recording) -> dict[str, str]:
     return {name: why for name, why in recording.coverage().items() if why != "yes"}
 
 
+def spreads(request: AuditRequest) -> bool:
+    """Tell whether others take part in the work."""
+    return any(x is not None for x in (request.workers, request.scheduler, request.shard))
+
+
+def parts_path(output: Path) -> Path:
+    """Name the folder of the parts of an unfinished result."""
+    return output.with_name(f"{output.name}.parts")
+
+
+@contextlib.contextmanager
+def kept_parts(
+    request: AuditRequest, output: Path, stated: Mapping[str, Any], notice: Notice | None
+) -> Iterator[Parts]:
+    """Open the folder of an audit's parts; what is done in it stays there until the result is written.
+
+    Raises:
+        Failure: its parts are those of another audit.
+    """
+    # Of several that begin at once, none may throw away what the others have done.
+    renew = request.overwrite and request.shard is None
+    try:
+        parts = Parts(parts_path(output), stated, renew=renew)
+    except OtherAudit as error:
+        raise Failure(str(error), WRONG_USAGE) from error
+    if parts.found and notice:
+        notice(f"going on with the audit of {parts.started_at} in {parts.path}")
+    try:
+        yield parts
+    except KeyboardInterrupt as error:
+        parts.remove_empty()
+        if parts.path.exists():
+            raise KeyboardInterrupt(
+                f"interrupted; no result was written. What is done is kept in {parts.path}: the same command goes on."
+            ) from error
+        raise
+    except BaseException:
+        parts.remove_empty()
+        raise
+
+
+def own_tasks(
+    request: AuditRequest,
+    names: Sequence[str],
+    parts: Parts,
+    task: Callable[[AuditRequest, str], None],
+    progress: Callable[[int, int], None] | None,
+) -> list[str] | None:
+    """Have workers do the tasks, where they were asked for; name those that this process is to do.
+
+    None where it does everything.
+    """
+    if request.shard is not None:
+        return share_of(request.shard, names)
+    if request.workers is None and request.scheduler is None:
+        return None
+    do_with_dask(
+        task, _anywhere(request, parts), names, parts, workers=request.workers,
+        scheduler=request.scheduler, progress=progress,
+    )  # fmt: skip
+    return []
+
+
+def _anywhere(request: AuditRequest, parts: Parts) -> AuditRequest:
+    """Return a request that means the same in another folder."""
+    output = str(parts.path.absolute()).removesuffix(".parts")
+    paths = {
+        name: os.path.abspath(value)
+        for name in ("recording", "token_groups")
+        if (value := getattr(request, name)) is not None
+    }
+    return dataclasses.replace(request, **paths, output=output, overwrite=False)
+
+
+def so_far(request: AuditRequest, output: Path, parts: Parts, names: Sequence[str]) -> str:
+    """Say how much of an audit is done, where others do the rest."""
+    done = sum(map(parts.has, names))
+    if request.json:
+        return json.dumps({"output": None, "tasks_done": done, "tasks": len(names)})
+    if done in (0, len(names)):
+        return f"Another process writes {printable(str(output))}, or has written it"
+    return (
+        f"{done} of {len(names)} tasks are done, in {printable(str(parts.path))}. Whoever does the last one writes "
+        f"{printable(str(output))}; without --shard, this command does what is left."
+    )
+
+
+def manifest(
+    path: Path, fingerprint: str, groups: TokenGroups | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what decides the result of an audit, for the folder of its parts."""
+    ledger = options["ledger"]
+    return {
+        "source": path.name,
+        "source_state": f"{fingerprint} {_dates(path)}",
+        "token_groups": _digest(groups),
+        "arithmetics": list(options["arithmetics"]),
+        "steps": options["steps"],
+        "backend": options["backend"],
+        "ledger": dataclasses.asdict(ledger) if ledger else None,
+        "versions": {name: version_of(name) for name in ("jaxaudit", "jax", "jaxlib", "numpy")},
+        "started_at": now(),
+    }
+
+
+def _dates(path: Path) -> str:
+    """Digest sizes and dates of change of a file, or of every file in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(f.relative_to(path.parent)), f.stat()) for f in files if f.is_file()]
+    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def _digest(groups: TokenGroups | None) -> str | None:
+    """Digest the names and members of token groups."""
+    if groups is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tokens in groups.members.items():
+        digest.update(repr((name, tokens.size)).encode() + tokens.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
 def begin(request: AuditRequest) -> tuple[list[str], LedgerOptions | None]:
     """Check what needs no file, and set up the process; return the arithmetics and what is asked of the ledger."""
     refuse_empty_names(request, _NAMES)
+    _check_spreading(request)
     found = _wanted_arithmetics(request), _wanted_ledger(request)
     keep_freed_memory()
     keep_programs()
     find_devices(request.backend, request.devices)  # before any file is opened
     return found
+
+
+def _check_spreading(request: AuditRequest) -> None:
+    given = {f"--{name}": getattr(request, name) for name in ("workers", "scheduler", "shard")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise Failure(f"{' and '.join(given)} exclude each other; give one of them.", WRONG_USAGE)
+    if request.workers is not None and request.workers < 1:
+        raise Failure(f"--workers: got {request.workers}, needed at least 1.", WRONG_USAGE)
+    if request.shard is not None:
+        try:
+            share_of(request.shard, ())
+        except ValueError as error:
+            raise Failure(f"--shard: {error}", WRONG_USAGE) from error
 
 
 @contextlib.contextmanager
@@ -154,7 +377,7 @@ def failures() -> Iterator[None]:
         raise Failure(str(error), BAD_INPUT) from error
     except SelfTestError as error:
         raise Failure(f"{error} No numbers were written.", SELF_TEST_FAILED) from error
-    except BackendError as error:
+    except (BackendError, SpreadingError) as error:
         raise Failure(str(error), WRONG_USAGE) from error
     except OSError as error:
         raise Failure(_output_problem(error), WRONG_USAGE) from error

@@ -28,7 +28,6 @@ from jaxaudit.operations import (
     operations_of,
     widen_patterns,
 )
-from jaxaudit.recording import TokenGroups
 
 #: Bits of `inspect`: non-zero and too small for float32 sums, infinite or NaN, not a storage-format value.
 TINY, NONFINITE, UNREPRESENTABLE = np.uint8(1), np.uint8(2), np.uint8(4)
@@ -153,15 +152,6 @@ def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArr
 def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Take the largest of (steps, rows) over each group's rows, 0 for none; (steps, groups)."""
     return np.stack([rows[:, g].max(axis=1, initial=0) for g in groups], axis=-1)
-
-
-def members_within(groups: TokenGroups, rows: tuple[int, int]) -> list[NDArray[np.int64]]:
-    """Return each group's members in a range of rows, counted from its start."""
-    found = []
-    for members in groups.members.values():
-        begin, end = np.searchsorted(members, rows)
-        found.append(members[begin:end] - rows[0])
-    return found
 
 
 def _change(ops: Operations, after: Any, before: Any) -> Any:

@@ -722,16 +722,18 @@ def _confirmed(bench: Workbench, findings: Sequence[Finding]) -> list[Finding]:
     }
     start = 1 if any(bench.hidden(c) for c in fitting) else bench.steps[0]
     compared = 0
-    for window in bench.windows((start, bench.steps[1])):
-        arrays = bench.put(window)
-        for candidate in fitting:
-            read = bench.with_hidden(candidate, window, arrays)
-            for stage in bench.stages(candidate):
-                flags, _ = bench.flags(candidate, stage, window, read)
-                known = counts[candidate][stage] or 0
-                wrong = 0 if flags is None else int(np.count_nonzero(flags))
-                counts[candidate][stage] = known + wrong
-        compared += window.steps * (window.rows[1] - window.rows[0]) * bench.recording.width
+    for strip in bench.strips:
+        bench.begin()
+        for window in bench.windows((start, bench.steps[1]), [strip]):
+            arrays, own = bench.put(window), strip.overlap * bench.recording.width
+            for candidate in fitting:
+                read = bench.with_hidden(candidate, window, arrays)
+                for stage in bench.stages(candidate):
+                    flags, _ = bench.flags(candidate, stage, window, read)
+                    known = counts[candidate][stage] or 0
+                    wrong = 0 if flags is None else int(np.count_nonzero(flags[:, own:]))
+                    counts[candidate][stage] = known + wrong
+            compared += window.steps * (window.own[1] - window.own[0]) * bench.recording.width
     return [Finding(f.candidate, counts[f.candidate], compared) if f.fits else f for f in findings]
 
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,36 @@ def origin() -> dict[str, Any]:
     return {
         "jaxaudit_version": version_of("jaxaudit") or "unknown",
         "creation_library": "jaxaudit",
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "created_at": now(),
+        "command": " ".join(_call(sys.argv)),
         "schema_version": SCHEMA_VERSION,
         "Conventions": "CF-1.11",
     }
+
+
+def now() -> str:
+    """Return the time in UTC; the one that SOURCE_DATE_EPOCH says, where that is set, as reproducible builds do."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if fixed.isdecimal() and len(fixed) < 12:
+        moment = datetime.datetime.fromtimestamp(int(fixed), datetime.UTC)
+    else:
+        moment = datetime.datetime.now(datetime.UTC)
+    return moment.isoformat(timespec="seconds")
+
+
+#: Options that say how a result is come by, and not what it is; those of the first line have a value.
+_WITH_VALUE, _ALONE = ("--workers", "--scheduler", "--shard"), ("--overwrite", "--quiet")
+
+
+def _call(arguments: Sequence[str]) -> list[str]:
+    """Leave out what a result does not depend on, so that it is the same whoever did the work."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not skip and argument not in _ALONE and name not in _WITH_VALUE:
+            kept.append(argument)
+        skip = not skip and argument in _WITH_VALUE and not value
+    return kept
 
 
 def version_of(package: str) -> str | None:

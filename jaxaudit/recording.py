@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Window:
         first: the first step, counted from 1.
         steps: how many steps are valid.
         rows: range of rows.
+        overlap: how many of them, at the start, belong to the rows before: they are read once more, so that every window
+            has as many.
         tensors: `grad` of shape (length, rows, width): entry k belongs to step first + k. All others of
             shape (length + 1, rows, width): entry k is the state before step first + k.
     """
@@ -56,11 +58,17 @@ class Window:
     steps: int
     rows: tuple[int, int]
     tensors: Mapping[str, NDArray[Any]]
+    overlap: int = 0
 
     @property
     def range(self) -> tuple[int, int]:
         """First step, and the step after the last."""
         return self.first, self.first + self.steps
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """Range of rows without those that belong to the rows before."""
+        return self.rows[0] + self.overlap, self.rows[1]
 
 
 class Recording:
@@ -252,6 +260,7 @@ class Recording:
         rows: int,
         names: tuple[str, ...],
         held: int = 1,
+        ranges: Iterable[tuple[tuple[int, int], int]] | None = None,
     ) -> Iterator[Window]:
         """Read steps[0]..steps[1]-1 (1-based) window by window, one window ahead.
 
@@ -261,15 +270,20 @@ class Recording:
             rows: rows of one window; row ranges follow one another within each range of steps.
             names: which tensors.
             held: how many windows stay as they are: the latest ones.
+            ranges: ranges of so many rows, each with its overlap (see `Window`); by default all rows, one range after the
+                other.
         """
+        starts = range(0, self.tokens, rows)
+        ranges = list(ranges or (((row, min(row + rows, self.tokens)), 0) for row in starts))
         rings = [self._buffers(length, rows, names) for _ in range(held + 1)]
         jobs = []
         for first in range(steps[0], steps[1], length):
-            for row in range(0, self.tokens, rows):
-                span = (row, min(row + rows, self.tokens))
+            for part, overlap in ranges:
                 count = min(length, steps[1] - first)
                 ring = rings[len(jobs) % len(rings)]
-                jobs.append(lambda f=first, c=count, s=span, r=ring: self._read(f, c, s, r))
+                jobs.append(
+                    lambda f=first, c=count, s=part, r=ring, o=overlap: self._read(f, c, s, r, o)
+                )
         with prefetched(jobs) as ready:
             yield from ready
 
@@ -295,7 +309,12 @@ class Recording:
         }
 
     def _read(
-        self, first: int, count: int, rows: tuple[int, int], ring: Mapping[str, NDArray[Any]]
+        self,
+        first: int,
+        count: int,
+        rows: tuple[int, int],
+        ring: Mapping[str, NDArray[Any]],
+        overlap: int = 0,
     ) -> Window:
         tensors = {}
         for name, buffer in ring.items():
@@ -306,7 +325,7 @@ class Recording:
             self._read_entries(name, (start, first + count), rows, part[: first + count - start])
             part[first + count - start :] = 0
             tensors[name] = part
-        return Window(first, count, rows, tensors)
+        return Window(first, count, rows, tensors, overlap)
 
     def _read_entries(
         self, name: str, entries: tuple[int, int], rows: tuple[int, int], out: NDArray[Any]

@@ -1,5 +1,6 @@
 """A recording on a device: what turns the windows of the one into programs of the other."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -26,6 +27,7 @@ from jaxaudit.recording import Recording, Window
 from jaxaudit.replay import OWN_PARAM, Program, Recorded, Replayer
 from jaxaudit.scalars import EXACT, Nudge, scalars_of
 from jaxaudit.steps import STAGES, Scalars, Stage, Step
+from jaxaudit.strips import Strip, strips_of
 
 #: Elements of a window: below this its arrays of 16-bit results stay in memory that malloc keeps.
 WINDOW_ELEMENTS = 1 << 22
@@ -83,11 +85,10 @@ class Workbench:
         self.placement = Placement(devices, recording.width)
         #: The device of everything that is not spread over all.
         self.device = device = self.placement.first
-        self.rows = max(1, min(recording.tokens, 4 * WINDOW_ELEMENTS // recording.width))
-        elements = self.rows * recording.width
+        self.strips = strips_of(recording.tokens, recording.width)
+        rows = self.strips[0].rows
+        elements = (rows[1] - rows[0]) * recording.width
         self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
-        if self.rows < recording.tokens:
-            self.length = 1
         self.comparison = Comparison(device, recording.width)
         shape = (self.length, elements)
         self.replayer = Replayer(self.placement, recording.formats, shape)
@@ -100,6 +101,7 @@ class Workbench:
         self._tails: dict[tuple[object, ...], tuple[NDArray[np.uint8], jax.Array]] = {}
         self._scalars: dict[Candidate, dict[int, Scalars]] = {}
         self._known: dict[Candidate, _Facts] = {}
+        self._tried_runs: dict[tuple[Candidate, tuple[str, ...]], FreeRun] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
         self._ran: dict[object, tuple[int, dict[str, jax.Array]]] = {}
         self._seen: dict[Place, dict[Any, Flags]] = {}
@@ -107,6 +109,26 @@ class Workbench:
         self._hopeless: dict[Candidate, int] = {}
         #: Nudges of scalars that are not known exactly, by candidate and timestep.
         self.nudges: dict[Candidate, dict[int, Nudge]] = {}
+        self._first_nudges: dict[Candidate, dict[int, Nudge]] | None = None
+
+    def begin(self) -> None:
+        """Forget what was found in a strip: the next one is gone through as if it were the first.
+
+        What was found before any strip, in identifying, is kept.
+        """
+        if self._first_nudges is None:
+            self._first_nudges = copy.deepcopy(self.nudges)
+        self.nudges = copy.deepcopy(self._first_nudges)
+        for held in (
+            self._hopeless,
+            self._scalars,
+            self._tails,
+            self._runs,
+            self._ran,
+            self._seen,
+            self._started,
+        ):
+            held.clear()
 
     def stages(self, candidate: Candidate) -> tuple[Stage, ...]:
         """Stages that the recording holds everything for, or for which the rest can be run freely."""
@@ -170,13 +192,27 @@ class Workbench:
         """Tensors that are read."""
         return tuple(self.recording.formats)
 
-    def windows(self, steps: tuple[int, int]) -> Iterator[Window]:
-        """Read windows of the bench's shape."""
-        return self.recording.windows(steps, self.length, self.rows, self.names, WINDOWS_HELD)
+    def windows(
+        self,
+        steps: tuple[int, int],
+        strips: Sequence[Strip] | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> Iterator[Window]:
+        """Read windows of the bench's shape.
 
-    def bytes(self, steps: int, rows: int) -> int:
-        """Bytes that so many rows take in so many timesteps."""
-        each = sum(fmt.bytes for fmt in self.recording.formats.values())
+        Args:
+            steps: range of steps.
+            strips: which rows; those of several follow one another within the steps of a window. By default all.
+            names: which tensors; by default all.
+        """
+        ranges = [(strip.rows, strip.overlap) for strip in strips or self.strips]
+        rows, names = ranges[0][0][1] - ranges[0][0][0], names or self.names
+        return self.recording.windows(steps, self.length, rows, names, WINDOWS_HELD, ranges)
+
+    def bytes(self, steps: int, rows: int, names: tuple[str, ...] | None = None) -> int:
+        """Bytes that so many rows take in so many timesteps; by default of all tensors."""
+        formats = self.recording.formats
+        each = sum(formats[name].bytes for name in names or self.names)
         return steps * rows * self.recording.width * each
 
     def put(self, window: Window) -> dict[str, jax.Array]:
@@ -236,10 +272,13 @@ class Workbench:
         """Return the free run through a range of rows, with the scalars and the tail of a window."""
         key = (candidate, window.rows, hidden)
         if key not in self._runs:
-            arithmetic = candidate.arithmetic
-            self._runs[key] = FreeRun(
-                self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
-            )
+            tried = candidate, hidden
+            if tried not in self._tried_runs:
+                arithmetic = candidate.arithmetic
+                self._tried_runs[tried] = FreeRun(
+                    self.replayer, self.step(candidate), arithmetic.rule, arithmetic.label, hidden
+                )
+            self._runs[key] = self._tried_runs[tried].afresh()
         tail = self._tail(candidate, window.rows)[1]
         return self._runs[key], self.scalars(candidate, window), tail
 

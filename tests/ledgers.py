@@ -8,10 +8,10 @@ import jax
 
 import jaxaudit
 from jaxaudit.arithmetics import VARIANTS, Options
-from jaxaudit.comparison import members_within
 from jaxaudit.devices import find_device
 from jaxaudit.ledger.subject import Aside, Seen, Subject
 from jaxaudit.recording import Recording, TokenGroups, token_groups_of
+from jaxaudit.strips import members_within
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 
@@ -66,9 +66,10 @@ def _observe(
     with jax.enable_x64(True), jax.default_device(device), Aside(device) as aside:
         bench = Workbench(recording, (device,), steps, window_steps)
         takers = observers(Subject(bench, candidate, groups, steps))
-        for window in bench.windows(steps):
-            arrays = bench.with_hidden(candidate, window, bench.put(window))
-            seen = Seen(window, arrays, members_within(groups, window.rows), aside.later)
-            for take in takers:
-                take(seen)
-            aside.finish()
+        for strip in bench.strips:
+            for window in bench.windows(steps, [strip]):
+                arrays = bench.with_hidden(candidate, window, bench.put(window))
+                seen = Seen(window, arrays, members_within(groups, window), aside.later)
+                for take in takers:
+                    take(seen)
+                aside.finish()

@@ -19,7 +19,7 @@ from jaxaudit import (
     provenance,
     replay,
     results,
-    workbench,
+    strips,
 )
 from jaxaudit.devices import BackendError
 from jaxaudit.floats import BFLOAT16, decode, encode
@@ -328,19 +328,19 @@ def test_windows_do_not_change_a_bit(tmp_path):
         assert_same_bits(whole, other)
 
 
-def test_row_tiles_change_no_count(tmp_path, monkeypatch):
-    """Steps too large for one window are cut by rows; groups' sums then add up tile by tile."""
+def test_strips_change_no_count(tmp_path, monkeypatch):
+    """Rows are cut into strips; groups' sums add up strip by strip."""
     path = record(
         tmp_path / "run.safetensors", shape=(50, 24), steps=5, adamw=False, weight_decay=0.1
     )
     groups = TokenGroups(50, {"all": np.arange(50), "few": np.array([0, 1, 49])})
     whole = audit(path, groups, arithmetics=USUAL)
-    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 24 * 13 // 4)
-    tiled = audit(path, groups, arithmetics=USUAL)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 24 * 13)
+    cut = audit(path, groups, arithmetics=USUAL)
     for name in ("mismatch_count", "max_ulp_distance", "first_mismatch", "nonfinite_count"):
-        assert np.array_equal(whole[name], tiled[name]), name
+        assert np.array_equal(whole[name], cut[name]), name
     # Positive terms, added in another order along chains of at most 90 additions, and a root.
-    np.testing.assert_allclose(whole.norm_predicted, tiled.norm_predicted, rtol=1e-14)
+    np.testing.assert_allclose(whole.norm_predicted, cut.norm_predicted, rtol=1e-14)
 
 
 def assert_same_bits(a, b):

@@ -13,11 +13,11 @@ from jaxaudit.comparison import (
     UNREPRESENTABLE,
     Comparison,
     max_groups,
-    members_within,
     sum_groups,
 )
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, encode
-from jaxaudit.recording import TokenGroups
+from jaxaudit.recording import TokenGroups, Window
+from jaxaudit.strips import members_within
 
 DEVICE = jax.devices("cpu")[0]
 STEPS, ROWS = 3, 4
@@ -138,9 +138,9 @@ def test_overlapping_and_partial_groups():
         6, {"all": np.arange(6), "some": np.array([1, 2, 5]), "two": np.array([2])}
     )
     rows = np.arange(12).reshape(2, 6)
-    members = members_within(groups, (0, 6))
+    members = members_within(groups, Window(1, 1, (0, 6), {}))
     assert sum_groups(rows, members).tolist() == [[15, 8, 2], [51, 26, 8]]
     assert max_groups(rows, members).tolist() == [[5, 5, 2], [11, 11, 8]]
-    upper = members_within(groups, (3, 6))
-    assert sum_groups(rows[:, 3:], upper).tolist() == [[12, 5, 0], [30, 11, 0]]
-    assert max_groups(rows[:, 3:], upper).tolist() == [[5, 5, 0], [11, 11, 0]]
+    upper = members_within(groups, Window(1, 1, (2, 6), {}, overlap=1))
+    assert sum_groups(rows[:, 2:], upper).tolist() == [[12, 5, 0], [30, 11, 0]]
+    assert max_groups(rows[:, 2:], upper).tolist() == [[5, 5, 0], [11, 11, 0]]

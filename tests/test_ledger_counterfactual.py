@@ -14,7 +14,7 @@ import ledgers  # noqa: E402
 import runs  # noqa: E402  (needs torch)
 
 import jaxaudit  # noqa: E402
-from jaxaudit import workbench  # noqa: E402
+from jaxaudit import strips, workbench  # noqa: E402
 from jaxaudit.arithmetics import CATALOGUE, Options  # noqa: E402
 from jaxaudit.devices import find_device  # noqa: E402
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, round_to  # noqa: E402
@@ -439,7 +439,7 @@ def test_programs_windows_and_row_ranges(tmp_path, monkeypatch):
     for steps, elements in ((1, None), (3, None), (None, 2 * WIDTH)):
         with monkeypatch.context() as patch:
             if elements:
-                patch.setattr(workbench, "WINDOW_ELEMENTS", elements // 4)
+                patch.setattr(strips, "STRIP_ELEMENTS", elements)
             found, own = by_host(path, patch, groups=groups, window_steps=steps)
         xr.testing.assert_identical(found, programs)
         assert all(np.array_equal(own[name], weights[name]) for name in weights)

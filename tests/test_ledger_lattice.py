@@ -16,8 +16,7 @@ from ledgers import observe
 from recordings import small_run, write
 
 import jaxaudit
-from jaxaudit import workbench
-from jaxaudit.comparison import members_within
+from jaxaudit import strips
 from jaxaudit.devices import find_device
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format, decode, encode
 from jaxaudit.ledger import clusters
@@ -28,6 +27,7 @@ from jaxaudit.ledger.variables import LATTICE
 from jaxaudit.ledger.variables import TOKENS as LIVES
 from jaxaudit.recording import TokenGroups, token_groups_of
 from jaxaudit.results import write as write_netcdf
+from jaxaudit.strips import members_within
 from jaxaudit.workbench import Candidate, Workbench, check_steps
 
 MASKS = {
@@ -63,14 +63,17 @@ def run(
         groups, steps = groups or token_groups_of(recording), check_steps(recording, steps)
         bench = Workbench(recording, (device,), steps, window_steps)
         subject = Subject(bench, cast(Candidate, None), groups, steps)
-        lattice = Lattice(subject, per_token=per_token)
-        for window in bench.windows(steps):
-            seen = Seen(window, bench.put(window), members_within(groups, window.rows), aside.later)
-            lattice.take(seen)
-            aside.finish()
-            for buffer in window.tensors.values():  # the reader fills it anew
-                buffer.view(np.uint8)[:] = 0xA5
-    return lattice.lattice(), lattice.tokens()
+        lattice, alike = Lattice(subject, per_token=per_token), clusters.Clusters(subject)
+        for strip in bench.strips:
+            lattice.forget()
+            for window in bench.windows(steps, [strip]):
+                seen = Seen(window, bench.put(window), members_within(groups, window), aside.later)
+                lattice.take(seen)
+                aside.finish()
+                for buffer in window.tensors.values():  # the reader fills it anew
+                    buffer.view(np.uint8)[:] = 0xA5
+        alike.follow(lambda window: None)
+    return lattice.lattice(), lattice.tokens(alike)
 
 
 def edges(fmt: Format, *, finite: bool) -> np.ndarray:
@@ -388,11 +391,28 @@ def test_nothing_depends_on_windows_or_row_ranges(
     path = record(tmp_path / "w.safetensors", random_walk(fmt, width, finite=False), fmt)
     usual = run(path, window_steps=3)
     found = [run(path, window_steps=n) for n in windows]
-    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", -(-rows * width // 4))
-    found.append(run(path))
     for other in found:
         for a, b in zip(usual, other, strict=True):
             xr.testing.assert_identical(a, b)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", rows * width)
+    lattice, tokens = run(path)
+    xr.testing.assert_identical(tokens, usual[1])
+    xr.testing.assert_identical(
+        lattice.drop_vars("displacement_mean"), usual[0].drop_vars("displacement_mean")
+    )
+    # Sums are those of the strips, added up in their order.
+    owns = [slice(*strip.own) for strip in strips.strips_of(TOKENS, width)]
+    assert len(owns) > 1
+    for name, inside in usual[1].in_group.groupby("token_group"):
+        sums = 0.0
+        for own in owns:
+            mine = np.flatnonzero(inside.values.ravel()[own]) + own.start
+            with np.errstate(all="ignore"):
+                part = np.ascontiguousarray(lattice.displacement.values[..., mine])
+                sums = sums + part.reshape(np.prod(part.shape[:-1]), mine.size).sum(axis=1)
+        mean = (sums / inside.values.sum()).reshape(lattice.displacement_mean.shape[:-1])
+        found = lattice.displacement_mean.sel(token_group=name).values
+        np.testing.assert_array_equal(found, mean)
 
 
 def test_a_range_of_steps_has_its_own_timesteps(tmp_path: Path) -> None:
@@ -412,7 +432,7 @@ def test_a_collision_of_hashes_changes_nothing(
     factors[:, 0] *= 1 << 31  # and all that are even, or odd, there
     monkeypatch.setattr(clusters, "_factors", lambda width: factors)
     if ranges:
-        monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 5)
+        monkeypatch.setattr(strips, "STRIP_ELEMENTS", 20)
     clusters._hash_program.cache_clear()
     try:
         found = run(path, window_steps=3)
@@ -451,7 +471,7 @@ def test_rows_are_read_only_where_hashes_are_equal() -> None:
     assert clusters.first_alike(different, never).tolist() == [0, 1, 2]
     with pytest.raises(AssertionError, match="were read"):
         clusters.first_alike(np.array([7, 3, 7], np.uint64), never)
-    followed = clusters.Clusters(3, [np.arange(3)])
+    followed = clusters.Sets(3, [np.arange(3)])
     assert followed.after(different, True, never).tolist() == [[3], [0], [0]]
     # Nothing changed: the hashes are not even looked at.
     assert followed.after(different * np.uint64(0), False, never).tolist() == [[3], [0], [0]]
@@ -562,4 +582,5 @@ def test_it_takes_the_recorded_weights_of_a_whole_recording(tmp_path: Path) -> N
     observe(write(tmp_path / "r.safetensors", tensors), observers, window_steps=2)
     want = Expected(tensors["W"][1], BFLOAT16)
     check_displacements(found[0].lattice(), want)
-    check_lives(found[0].tokens(), want)
+    alike = clusters.Clusters(found[0]._subject)
+    check_lives(found[0].tokens(alike), want)

@@ -14,7 +14,7 @@ from ledgers import observe
 from recordings import write
 from runs import save, setting, torch_runs
 
-from jaxaudit import workbench
+from jaxaudit import strips
 from jaxaudit.arithmetics import VARIANTS, Options, make_step
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32
 from jaxaudit.ledger import moments
@@ -366,7 +366,7 @@ def test_no_number_depends_on_windows_or_ranges_of_rows(
     run = drawn(shape=(3, 96, 1), seed=20)
     path, groups = run.write(tmp_path / "run.safetensors"), grouped(96)
     found = [ledger(path, run, groups=groups, window_steps=k) for k in (None, 2, 1)]
-    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 16)  # 64 rows at a time, and 32
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 40)  # 32 rows at a time
     found.append(ledger(path, run, groups=groups))
     for other in found[1:]:
         xr.testing.assert_identical(found[0], other)

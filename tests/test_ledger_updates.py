@@ -16,7 +16,7 @@ from ledgers import observe
 from recordings import Tensor, write
 
 import jaxaudit
-from jaxaudit import workbench
+from jaxaudit import strips, workbench
 from jaxaudit.arithmetics import VARIANTS, Options, make_step
 from jaxaudit.devices import find_device
 from jaxaudit.floats import BFLOAT16
@@ -130,8 +130,10 @@ def ledger(path: Path, **how: Any) -> tuple[xr.Dataset, np.ndarray]:
         def taken(seen: Any) -> None:
             found = np.asarray(made[0].take(seen))[: seen.window.steps]
             assert found.dtype == np.uint8
+            width = subject.bench.recording.width
             for k, row in enumerate(found):
-                lost[seen.window.first + k, seen.window.rows[0]] = row
+                own = row[seen.window.overlap * width :]
+                lost[seen.window.first + k, seen.window.own[0]] = own
 
         return [taken]
 
@@ -665,7 +667,7 @@ def test_nothing_depends_on_windows(tmp_path, monkeypatch):
     part, found = ledger(path, **how, steps=(3, 5), window_steps=1)
     xr.testing.assert_identical(part, whole.sel(timestep=slice(3, 4)))
     np.testing.assert_array_equal(found, lost[2:4])
-    monkeypatch.setattr(workbench, "WINDOW_ELEMENTS", 6)  # twice 8 rows
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 21)  # 6 rows at a time, two of them twice
     cut, found = ledger(path, **how)
     np.testing.assert_array_equal(found, lost)
     for name, array in whole.items():

@@ -62,6 +62,17 @@ def parser(program: str = _NAME) -> argparse.ArgumentParser:
     p.add_argument(
         "--per-token", action="store_true", help="store every token's displacement in every step"
     )
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="processes of this machine that share the work"
+    )
+    p.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of dask.distributed, whose workers share the work"
+    )
+    p.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do the I-th of N shares; the last one to end writes the result",
+    )
     add_usual_options(p)
     return p
 
@@ -81,8 +92,13 @@ def _main(arguments: argparse.Namespace, program: str) -> int:
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
     progress, close = progress_bar("replaying", "B", quiet=arguments.quiet)
+
+    def notice(text: str) -> None:
+        if not arguments.quiet:
+            print(f"{program}: {text}", file=sys.stderr)
+
     try:
-        status, text = run_audit(request, progress)
+        status, text = run_audit(request, progress, notice)
     except Failure as failure:
         close()
         print(f"{program}: error: {failure}", file=sys.stderr)

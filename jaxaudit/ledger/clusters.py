@@ -5,7 +5,7 @@ that a collision of hashes costs time and changes nothing.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.floats import Format
+from jaxaudit.ledger.subject import Subject
 from jaxaudit.operations import compile_exactly
+from jaxaudit.recording import Window
+from jaxaudit.strips import Countable
 
 #: Rows of a timestep, range by range: the first one's token, and their patterns of shape (rows, width).
 Rows = Callable[[], Iterable[tuple[int, NDArray[np.unsignedinteger]]]]
@@ -37,7 +40,69 @@ def hash_rows(recorded: Any, fmt: Format, width: int, device: Device) -> dict[st
     return _hash_program(fmt, width, device)(recorded)
 
 
-class Clusters:
+class Clusters(Countable):
+    """The sets of tokens with the same bits in every step: of all rows at once, read by themselves.
+
+    Args:
+        subject: what is followed.
+
+    Attributes:
+        first: of each token, the first one with the same bits after the last step; int64 (tokens,).
+        counts: how many different rows, clusters and clustered tokens; int64 (3, timesteps, groups).
+    """
+
+    MERGED = {"first": "rows", "counts": "sum"}
+
+    def __init__(self, subject: Subject):
+        self._subject = subject
+        self.first = np.arange(subject.groups.tokens)
+        self.counts = np.zeros((3, *subject.counts), np.int64)
+
+    def follow(self, progress: Callable[[Window], None]) -> None:
+        """Read the weights of every step.
+
+        Args:
+            progress: is told of each window.
+        """
+        subject, bench = self._subject, self._subject.bench
+        sets = Sets(subject.groups.tokens, subject.groups.members.values())
+        key = bench.recording.storage, bench.recording.width, bench.device
+        whole: dict[str, NDArray[Any]] = {}
+        for window in bench.windows(subject.steps, names=("param",)):
+            flat = window.tensors["param"].reshape(bench.length + 1, -1)
+            for name, lanes in hash_rows(jax.device_put(flat, bench.device), *key).items():
+                while lanes.shape[-1] > 1:
+                    lanes = _lanes_program(bench.device)(lanes)
+                found = np.asarray(lanes)[: window.steps, :, 0]
+                if name not in whole or len(whole[name]) != window.steps:
+                    whole[name] = np.empty((window.steps, subject.groups.tokens), found.dtype)
+                whole[name][:, slice(*window.rows)] = found
+            if window.rows[1] == subject.groups.tokens:
+                self._count(window, whole, sets)
+            progress(window)
+        self.first[:] = sets.first
+
+    def numbered(self) -> NDArray[np.int64]:
+        """Number the sets in the order of their first tokens; (tokens,)."""
+        return np.unique(self.first, return_inverse=True)[1].reshape(-1)
+
+    def _count(self, window: Window, whole: Mapping[str, NDArray[Any]], sets: "Sets") -> None:
+        hashes = (whole["hash0"].astype(np.uint64) << 32) | whole["hash1"]
+        start = self._subject.place(window).start
+        for k in range(window.steps):
+            changed = bool(whole["changed"][k].any())
+            rows = functools.partial(self._rows, window.first + k)
+            self.counts[:, start + k] += sets.after(hashes[k], changed, rows)
+
+    def _rows(self, timestep: int) -> Iterator[tuple[int, NDArray[np.unsignedinteger]]]:
+        """Return all rows after a step, range by range."""
+        bench = self._subject.bench
+        for strip in bench.strips:
+            patterns = bench.recording.patterns("param", (timestep, timestep + 1), strip.own)
+            yield strip.own[0], patterns[0]
+
+
+class Sets:
     """Follows the sets of tokens with the same bits.
 
     Args:
@@ -68,10 +133,6 @@ class Clusters:
             self.first = first_alike(hashes, rows)
             self._counts = self._count()
         return self._counts
-
-    def numbers(self) -> NDArray[np.int64]:
-        """Number the sets in the order of their first tokens; (tokens,)."""
-        return np.unique(self.first, return_inverse=True)[1].reshape(-1)
 
     def _count(self) -> NDArray[np.int64]:
         sizes = np.bincount(self.first, minlength=self.first.size)
@@ -164,3 +225,8 @@ def _hash_program(fmt: Format, width: int, device: Device) -> Callable:
         }
 
     return compile_exactly(lambda w: jax.vmap(one_step)(w[:-1], w[1:]), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _lanes_program(device: Device) -> Callable:
+    return compile_exactly(jax.vmap(lambda lanes: fold(lanes, jnp.add)), device)

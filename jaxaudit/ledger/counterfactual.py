@@ -42,6 +42,7 @@ from jaxaudit.replay import trial_scalars
 from jaxaudit.results import label
 from jaxaudit.scalars import EXACT
 from jaxaudit.steps import Scalars, Step
+from jaxaudit.strips import Countable
 from jaxaudit.workbench import Candidate
 
 #: Elements of a block.
@@ -53,7 +54,7 @@ _SAID = (
 )
 
 
-class Counterfactual:
+class Counterfactual(Countable):
     """Runs every remedy over a recording, window by window.
 
     Args:
@@ -61,6 +62,15 @@ class Counterfactual:
         beta2: values of beta2 to try.
         seed: of the draw of stochastic rounding.
     """
+
+    MERGED = {
+        "_landed": "sum",
+        "_recovered": "sum",
+        "_squares": "sum",
+        "_free_landed": "sum",
+        "_moving": "sum",
+        "_last_move": "rows",
+    }
 
     def __init__(self, subject: Subject, *, beta2: Sequence[float] = (0.95,), seed: int = 0):
         recording = subject.bench.recording
@@ -85,6 +95,13 @@ class Counterfactual:
         self._landed, self._recovered, self._squares = (np.zeros(table) for _ in range(3))
         self._free_landed, self._moving = (np.zeros(table, np.int64) for _ in range(2))
         self._last_move = np.zeros((len(names), recording.tokens), np.int64)
+
+    def forget(self) -> None:
+        """Forget a strip's rows, and what the remedies carry."""
+        self._plans.clear()
+        self._states.clear()
+        self._inputs.clear()
+        self._last.clear()
 
     @staticmethod
     def possible(subject: Subject) -> bool:
@@ -135,18 +152,18 @@ class Counterfactual:
 
     def final_weights(self, remedy: str) -> NDArray[np.unsignedinteger]:
         """Return the patterns of a remedy's own weights after the last step, (tokens, width)."""
-        width, parts = self._subject.bench.recording.width, []
+        width, parts, end = self._subject.bench.recording.width, [], 0
         for rows in sorted(self._states):
-            if remedy == RECORDED:
-                parts.append(self._last[rows])
-                continue
             plan = self._plans[rows]
-            slot = plan.own("param", self._names.index(remedy) - 1)
-            whole = self._whole(
-                rows, [state[plan.carried.index(slot)] for state in self._states[rows]]
-            )
-            parts.append(whole)
-        return np.concatenate(parts).reshape(-1, width)
+            if remedy == RECORDED:
+                found = self._last[rows]
+            else:
+                slot = plan.own("param", self._names.index(remedy) - 1)
+                k = plan.carried.index(slot)
+                found = self._whole(rows, [state[k] for state in self._states[rows]])
+            parts.append(found.reshape(-1, width)[end - rows[0] :])
+            end = rows[1]
+        return np.concatenate(parts)
 
     def _attributes(self) -> dict[str, Any]:
         arithmetic = self._subject.candidate.arithmetic

@@ -13,7 +13,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit.devices import Device
-from jaxaudit.recording import TokenGroups
+from jaxaudit.recording import TokenGroups, Window
 
 #: Bins to a factor of two; a power of two.
 STEPS_PER_BINADE = 32
@@ -80,21 +80,29 @@ class GroupCounter:
         for k, tokens in enumerate(groups.members.values()):
             member[tokens, k] = True
         kinds, kind = np.unique(member, axis=0, return_inverse=True)
-        self._kinds = kinds
+        self._kinds = np.concatenate([kinds, np.zeros((1, kinds.shape[1]), bool)])
         self._kind = kind.reshape(-1)
         self._width, self._device = width, device
         self._offsets: dict[tuple[tuple[int, int], int], jax.Array] = {}
 
-    def offsets(self, rows: tuple[int, int], bins: int) -> jax.Array:
+    def forget(self) -> None:
+        """Forget a strip's rows."""
+        self._offsets.clear()
+
+    def offsets(self, window: Window, bins: int) -> jax.Array:
         """Return what a program adds to the codes, int32 (elements,): it tells the kinds of tokens apart.
 
+        Tokens that are not the window's own are of a kind that is in no group.
+
         Args:
-            rows: the window's tokens.
+            window: which tokens.
             bins: number of codes.
         """
-        key = (rows, bins)
+        key = (window.own, bins)
         if key not in self._offsets:
-            kind = np.repeat(self._kind[slice(*rows)] * bins, self._width)
+            kind = self._kind[slice(*window.rows)].copy()
+            kind[: window.overlap] = len(self._kinds) - 1
+            kind = np.repeat(kind * bins, self._width)
             self._offsets[key] = jax.device_put(kind.astype(np.int32), self._device)
         return self._offsets[key]
 

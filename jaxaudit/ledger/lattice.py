@@ -14,7 +14,7 @@ need more than float64 has, and that square alone is more than D.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from jaxaudit.comparison import fold, sum_groups
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
-from jaxaudit.ledger.clusters import Clusters, hash_rows
+from jaxaudit.ledger.clusters import Clusters
 from jaxaudit.ledger.lives import Lives, line_distances, squared_norms
 from jaxaudit.ledger.subject import Seen, Subject
 from jaxaudit.ledger.variables import LATTICE, MEASURES, NORMS, REGIMES, TOKENS
 from jaxaudit.operations import Operations, compile_exactly, operations_of, widen_patterns
 from jaxaudit.recording import Window
 from jaxaudit.results import label
+from jaxaudit.strips import Countable
 
 #: Numbers of a table of every token and step up to which it is kept unless told otherwise.
 _TABLE = 1 << 20
@@ -53,9 +54,6 @@ _COMBINES: dict[str, Callable] = {
     "line_signed": jnp.add,
     "crossings": jnp.add,
     "change_squares": jnp.add,
-    "hash0": jnp.add,
-    "hash1": jnp.add,
-    "changed": jnp.add,
 }
 
 _EXPONENT, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
@@ -63,13 +61,21 @@ _EXPONENT, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
 Rows = dict[str, NDArray[Any]]
 
 
-class Lattice:
-    """Observes the recorded weights: displacements, regimes, lives and clusters of tokens.
+class Lattice(Countable):
+    """Observes the recorded weights: displacements, regimes and lives of tokens.
 
     Args:
         subject: what is followed.
         per_token: keep the displacements of every token in every step; None: where these are few.
     """
+
+    MERGED = {
+        "_found": "sum",
+        "_found.displacement_max": "max",
+        "_found.displacement": "rows",
+        "_ends": "rows",
+    }
+    MADE_OF = ("_lives",)
 
     def __init__(self, subject: Subject, *, per_token: bool | None = None):
         self._subject, recording = subject, subject.bench.recording
@@ -86,11 +92,13 @@ class Lattice:
         if table:
             self._found["displacement"] = np.zeros((2, 3, steps, tokens))
         self._lives = Lives(tokens, subject.steps)
-        self._clusters = Clusters(tokens, self._members)
-        self._cluster_counts = np.zeros((3, steps, groups), np.int64)
         self._ends = {name: np.zeros(tokens, TOKENS[name].dtype) for name in _ENDS}
-        self._parts: Rows = {}
-        self._first_weights: Iterator[Window] | None = None
+        self._first_weights: NDArray[np.unsignedinteger] | None = None
+
+    def forget(self) -> None:
+        """Forget a strip's first weights, and which of its tokens moved last."""
+        super().forget()
+        self._first_weights = None
 
     def take(self, seen: Seen) -> None:
         """Take the next window."""
@@ -98,15 +106,21 @@ class Lattice:
         plain = not np.asarray(_special_program(*key)(patterns)).any()
         parts = []
         for part in _parts(patterns, self._subject.bench.device):
-            lanes = _rows_program(*key, plain)(part) | hash_rows(part, *key)
+            lanes = _rows_program(*key, plain)(part)
             while lanes["ulp_l1"].shape[-1] > 1:
                 lanes = _lanes_program(self._subject.bench.device)(lanes)
             parts.append(lanes)
-        seen.later(lambda: self._finish(seen.window, parts))
+        seen.later(lambda: self._finish(seen, parts))
 
     def lattice(self) -> xr.Dataset:
         """Return the group `lattice`."""
-        self._found["settled_regime_count"][:] = self._lives.settled(self._members)
+        sizes = np.array([tokens.size for tokens in self._members], np.float64)
+        with np.errstate(invalid="ignore"):  # no mean of an empty group
+            means = self._found["displacement_mean"] / sizes
+        found = self._found | {
+            "displacement_mean": means,
+            "settled_regime_count": self._lives.settled(self._members),
+        }
         coordinates = self._subject.coordinates() | {
             "measure": list(MEASURES),
             "norm": list(NORMS),
@@ -121,10 +135,14 @@ class Lattice:
                 f"{self._subject.counts[0]} timesteps x {self._subject.groups.tokens} tokens, and by default at "
                 f"most {_TABLE} are kept"
             )
-        return label(self._found, coordinates, attributes, LATTICE)
+        return label(found, coordinates, attributes, LATTICE)
 
-    def tokens(self) -> xr.Dataset:
-        """Return the group `tokens`."""
+    def tokens(self, clusters: Clusters) -> xr.Dataset:
+        """Return the group `tokens`.
+
+        Args:
+            clusters: of the same weights.
+        """
         lives, groups = self._lives, self._subject.groups
         inside = np.zeros((groups.tokens, len(self._members)), np.int8)
         for k, tokens in enumerate(self._members):
@@ -139,112 +157,77 @@ class Lattice:
             "weight_path": lives.weight_path,
             "lattice_path": lives.lattice_path,
             **self._ends,
-            "cluster": self._clusters.numbers(),
-            **dict(zip(counted, self._cluster_counts, strict=True)),
+            "cluster": clusters.numbered(),
+            **dict(zip(counted, clusters.counts, strict=True)),
         }
         coordinates = self._subject.coordinates() | {"token": np.arange(groups.tokens)}
         return label({name: found[name] for name in TOKENS}, coordinates, {}, TOKENS)
 
-    def _finish(self, window: Window, parts: list[dict[str, jax.Array]]) -> None:
-        """Take what the device made of a window; count once the rows of its timesteps are complete."""
+    def _finish(self, seen: Seen, parts: list[dict[str, jax.Array]]) -> None:
+        """Take what the device made of a window."""
+        window = seen.window
         self._meet_ends(window)
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        rows = self._whole(window, {name: x[: window.steps, :, 0] for name, x in found.items()})
-        if rows is None:
-            return
-        place = self._subject.place(window)
+        rows = {name: x[: window.steps, :, 0] for name, x in found.items()}
         lengths = _lengths(rows, self._fmt)
         regimes = _regimes(rows, self._fmt, self._width)
-        self._measure(place, rows, lengths, regimes)
+        self._measure(seen, rows, lengths, regimes)
         self._live(window, rows, regimes)
-        hashes = (rows["hash0"].astype(np.uint64) << 32) | rows["hash1"]
-        for k in range(window.steps):
-            self._cluster_counts[:, place.start + k] = self._clusters.after(
-                hashes[k], bool(rows["changed"][k].any()), functools.partial(self._rows, window, k)
-            )
-
-    def _whole(self, window: Window, part: Rows) -> Rows | None:
-        """Put ranges of rows together; return the window's steps once the last range is there."""
-        tokens = self._subject.groups.tokens
-        if window.rows == (0, tokens):
-            return part
-        for name, found in part.items():
-            whole = self._parts.setdefault(name, np.zeros((len(found), tokens), found.dtype))
-            whole[:, slice(*window.rows)] = found
-        return self._parts if window.rows[1] == tokens else None
 
     def _measure(
-        self, place: slice, rows: Rows, lengths: NDArray[np.float64], regimes: NDArray[np.bool_]
+        self, seen: Seen, rows: Rows, lengths: NDArray[np.float64], regimes: NDArray[np.bool_]
     ) -> None:
         """Count by token group, and keep the table."""
-        found, shape = self._found, lengths.shape[:3]
+        found, shape, place = self._found, lengths.shape[:3], self._subject.place(seen.window)
         flat = lengths.reshape(-1, lengths.shape[-1])
         counted = np.stack([*regimes, rows["crossings"]])
-        for k, tokens in enumerate(self._members):
+        for k, tokens in enumerate(seen.members):
             # One copy of the group's rows, side by side, serves the sum (that of `sum_groups`) and the largest.
             mine = flat.take(tokens, axis=1)
-            with np.errstate(
-                invalid="ignore", over="ignore"
-            ):  # infinities; no mean of an empty group
-                means = mine.sum(axis=1) / np.float64(tokens.size)
-                largest = mine.max(axis=1, initial=0)
-            found["displacement_mean"][:, :, place, k] = means.reshape(shape)
-            found["displacement_max"][:, :, place, k] = largest.reshape(shape)
+            with np.errstate(invalid="ignore", over="ignore"):  # infinities
+                found["displacement_mean"][:, :, place, k] += mine.sum(axis=1).reshape(shape)
+            largest = found["displacement_max"][:, :, place, k]
+            np.maximum(largest, mine.max(axis=1, initial=0).reshape(shape), out=largest)
             counts = counted.take(tokens, axis=2).sum(axis=2)
-            found["regime_count"][:, place, k] = counts[:-1]
-            found["edge_crossing_count"][place, k] = counts[-1]
+            found["regime_count"][:, place, k] += counts[:-1]
+            found["edge_crossing_count"][place, k] += counts[-1]
         for k, measure in enumerate(MEASURES):
-            signed = sum_groups(rows[f"{measure}_signed"], self._members)
-            found["signed_displacement"][k, place] = signed * _unit(self._fmt, measure) + 0.0
+            signed = sum_groups(rows[f"{measure}_signed"], seen.members)
+            signed = signed * _unit(self._fmt, measure)
+            with np.errstate(invalid="ignore"):
+                found["signed_displacement"][k, place] += signed
         if "displacement" in found:
-            found["displacement"][:, :, place] = lengths
+            found["displacement"][:, :, place, slice(*seen.window.rows)] = lengths
 
     def _live(self, window: Window, rows: Rows, regimes: NDArray[np.bool_]) -> None:
-        early, midlife, _, frozen = regimes
+        own = slice(window.overlap, None)
+        early, midlife, _, frozen = regimes[..., own]
         with np.errstate(invalid="ignore"):
-            change = np.sqrt(rows["change_squares"])
+            change = np.sqrt(rows["change_squares"][:, own])
         for k in range(window.steps):
             self._lives.live(
                 window.first + k,
+                slice(*window.own),
                 early=early[k],
                 midlife=early[k] | midlife[k],
                 moved=~frozen[k],
                 change=change[k],
-                line=rows["line_l1"][k],
+                line=rows["line_l1"][k, own],
             )
 
     def _meet_ends(self, window: Window) -> None:
         """Compare the weights before the first step and after the last, of the window's rows."""
         rows, weights = slice(*window.rows), window.tensors["param"]
         if window.first == self._subject.steps[0]:
+            self._first_weights = weights[0].copy()
             self._ends["norm_at_start"][rows] = np.sqrt(squared_norms(weights[0], self._fmt))
         if window.range[1] == self._subject.steps[1]:
-            last, first = weights[window.steps], self._first_of(window)
+            last, first = weights[window.steps], self._first_weights
+            assert first is not None
             self._ends["norm_at_end"][rows] = np.sqrt(squared_norms(last, self._fmt))
             moved = squared_norms(last, self._fmt, first)
             self._ends["weight_displacement"][rows] = np.sqrt(moved)
             self._ends["lattice_displacement"][rows] = line_distances(last, first, self._fmt)
-
-    def _first_of(self, window: Window) -> NDArray[np.unsignedinteger]:
-        """Return the weights before the first step, of the window's rows: read anew, since they may be large."""
-        if self._first_weights is None:
-            self._first_weights = self._read(self._subject.steps[0])
-        found = next(self._first_weights)
-        assert found.rows == window.rows
-        if found.rows[1] == self._subject.groups.tokens:
-            next(self._first_weights, None)  # the reader ends
-        return found.tensors["param"][0]
-
-    def _rows(self, window: Window, k: int) -> Iterable[tuple[int, NDArray[np.unsignedinteger]]]:
-        """Return all rows after step k of a window: read anew where the window does not hold them."""
-        if window.rows == (0, self._subject.groups.tokens):
-            return [(0, window.tensors["param"][k + 1])]
-        return ((part.rows[0], part.tensors["param"][1]) for part in self._read(window.first + k))
-
-    def _read(self, timestep: int) -> Iterator[Window]:
-        """Read the weights before and after one step, in the same ranges of rows as the audit does."""
-        bench = self._subject.bench
-        return bench.recording.windows((timestep, timestep + 1), 1, bench.rows, ("param",))
 
 
 def _parts(patterns: jax.Array, device: Device) -> Iterator[jax.Array]:

@@ -6,6 +6,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from jaxaudit.conformance import inexact_in_float64
+from jaxaudit.ledger.clusters import Clusters
 from jaxaudit.ledger.counterfactual import Counterfactual
 from jaxaudit.ledger.lattice import Lattice
 from jaxaudit.ledger.moments import Moments
@@ -13,13 +14,14 @@ from jaxaudit.ledger.subject import Aside, LedgerOptions, Seen, Subject
 from jaxaudit.ledger.updates import Updates
 from jaxaudit.recording import Window
 from jaxaudit.replay import Recorded, SelfTestError
+from jaxaudit.strips import Countable
 
 #: The groups that a ledger adds to an audit's file.
 GROUPS = ("updates", "moments", "lattice", "tokens", "counterfactual")
 
 
-class Ledger:
-    """Follows a recording under one arithmetic; a context manager.
+class Ledger(Countable):
+    """Follows a recording under one arithmetic, strip by strip; a context manager.
 
     What the recording does not hold the tensors for is left out: without gradients there are `lattice` and
     `tokens` only.
@@ -28,14 +30,20 @@ class Ledger:
         subject: the recording, the arithmetic, the groups and the steps.
         options: what was asked for.
 
+    Attributes:
+        clusters: what is told of all rows at once, which takes its own reading (`Clusters.follow`).
+
     Raises:
         SelfTestError: the device's float64 is inexact.
     """
+
+    MADE_OF = ("_lattice", "_updates", "_moments", "_counterfactual")
 
     def __init__(self, subject: Subject, options: LedgerOptions):
         _require_float64(subject)
         self._subject = subject
         self._aside = Aside(subject.bench.device)
+        self.clusters = Clusters(subject)
         self._lattice = Lattice(subject, per_token=options.per_token)
         known = subject.chosen is not None
         self._updates = Updates(subject) if known and Updates.possible(subject) else None
@@ -56,7 +64,7 @@ class Ledger:
         Args:
             window: the window.
             arrays: its recorded patterns, on the devices.
-            members: each group's rows in it.
+            members: each group's own rows in it.
         """
         subject = self._subject
         arrays = subject.bench.put_together(subject.chosen, window, arrays)
@@ -81,7 +89,7 @@ class Ledger:
             "updates": self._updates.dataset() if self._updates else None,
             "moments": self._moments.dataset() if self._moments else None,
             "lattice": self._lattice.lattice(),
-            "tokens": self._lattice.tokens(),
+            "tokens": self._lattice.tokens(self.clusters),
             "counterfactual": self._counterfactual.dataset() if self._counterfactual else None,
         }
         return {name: dataset for name, dataset in found.items() if dataset is not None}

@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 from jaxaudit import floats
 from jaxaudit.floats import Format
+from jaxaudit.strips import Countable
 
 _CHUNK = 1 << 20  # elements whose float64 values are held at once
 
 
-class Lives:
+class Lives(Countable):
     """Follows tokens from step to step.
 
     Args:
@@ -28,17 +29,31 @@ class Lives:
         lattice_path: sum of its steps on the ordered line.
     """
 
+    MERGED = {
+        "last_early": "rows",
+        "last_midlife": "rows",
+        "last_move": "rows",
+        "thaw_count": "rows",
+        "weight_path": "rows",
+        "lattice_path": "rows",
+    }
+
     def __init__(self, tokens: int, steps: tuple[int, int]):
         self._steps = steps
-        self._moved = np.ones(tokens, bool)  # a move in the first step is no thaw
+        self._moved: NDArray[np.bool_] | None = None
         self.last_early, self.last_midlife, self.last_move, self.thaw_count, self.lattice_path = (
             np.zeros(tokens, np.int64) for _ in range(5)
         )
         self.weight_path = np.zeros(tokens)
 
+    def forget(self) -> None:
+        """Forget which of a strip's tokens moved last."""
+        self._moved = None
+
     def live(
         self,
         timestep: int,
+        tokens: slice,
         *,
         early: NDArray[np.bool_],
         midlife: NDArray[np.bool_],
@@ -46,24 +61,26 @@ class Lives:
         change: NDArray[np.float64],
         line: NDArray[np.integer],
     ) -> None:
-        """Take one step of every token.
+        """Take one step of a strip's tokens.
 
         Args:
             timestep: which one.
+            tokens: which; the other arguments have a value for each.
             early: whether L2 > sqrt(D).
             midlife: whether Linf > 1.
             moved: whether it moved at all.
             change: L2 norm of the change of its weights.
             line: steps on the ordered line, summed over its elements.
         """
-        self.last_early[early] = timestep
-        self.last_midlife[midlife] = timestep
-        self.last_move[moved] = timestep
-        self.thaw_count += moved & ~self._moved
+        self.last_early[tokens][early] = timestep
+        self.last_midlife[tokens][midlife] = timestep
+        self.last_move[tokens][moved] = timestep
+        if self._moved is not None:  # a move in the first step is no thaw
+            self.thaw_count[tokens] += moved & ~self._moved
         self._moved = moved.copy()
         with np.errstate(invalid="ignore", over="ignore"):
-            self.weight_path += change
-        self.lattice_path += line
+            self.weight_path[tokens] += change
+        self.lattice_path[tokens] += line
 
     def freeze_onset(self) -> NDArray[np.int64]:
         """Return the timestep after which each token never moves: 0 where it never did, -1 where it still does."""

@@ -31,6 +31,7 @@ from jaxaudit.operations import ExactOperations, compile_exactly, widen_patterns
 from jaxaudit.recording import TokenGroups, Window
 from jaxaudit.results import NOT_AUDITED, label
 from jaxaudit.steps import Scalars, Stage, Step
+from jaxaudit.strips import Countable, Histograms
 from jaxaudit.workbench import Candidate
 
 #: What is told of each element and counted, from the lowest bit of its code.
@@ -66,12 +67,15 @@ _PAIRS = _NEAR * _NEAR + 2
 _HISTOGRAMS = 1 << 22
 
 
-class Moments:
+class Moments(Countable):
     """Observes both moments, window by window.
 
     Args:
         subject: what is followed; `possible` must hold.
     """
+
+    MERGED = {"_counts": "sum", "_longest": "max", "_lengths": "sum", "_beyond_float16": "sum"}
+    MADE_OF = ("_ratios", "_traces")
 
     def __init__(self, subject: Subject):
         self._subject, self._rule = subject, ExactRule(subject)
@@ -86,7 +90,16 @@ class Moments:
         self._traces = _Traces(subject)
         self._streaks: dict[tuple[int, int], tuple[jax.Array, ...]] = {}
         self._kinds: dict[tuple[int, int], _Kinds] = {}
-        self._fits_float16 = dict.fromkeys(_MOMENTS, True)
+        #: Windows in which a float32 moment of a float16 run is no float16 value.
+        self._beyond_float16 = {name: np.zeros((), np.int64) for name in _MOMENTS}
+
+    def forget(self) -> None:
+        """Forget a strip's rows, and how long their moments have been stuck."""
+        super().forget()
+        self._streaks.clear()
+        self._kinds.clear()
+        self._counter.forget()
+        self._twin.forget()
 
     @staticmethod
     def possible(subject: Subject) -> bool:
@@ -160,9 +173,9 @@ class Moments:
         if formats["param"] is not FLOAT16:
             return
         for name in _MOMENTS:
-            if formats.get(name) is FLOAT32 and self._fits_float16[name]:
+            if formats.get(name) is FLOAT32 and not self._beyond_float16[name]:
                 new = np.asarray(seen.arrays[name])[1 : seen.window.steps + 1]
-                self._fits_float16[name] = bool(_float16_valued(new).all())
+                self._beyond_float16[name] += not _float16_valued(new).all()
 
     def _precision(self, name: Stage) -> str:
         """Say what the recorded bits of a moment are."""
@@ -172,7 +185,7 @@ class Moments:
             return "not recorded"
         if stored is not FLOAT32:
             return f"{stored.name} as stored"
-        if recording.storage is FLOAT16 and self._fits_float16[name]:
+        if recording.storage is FLOAT16 and not self._beyond_float16[name]:
             return "float16-valued (stored as float32)"
         of_all = self._counts[f"{name}_low_bits_zero"][:, self._subject.groups.names.index("all")]
         if (of_all == recording.step_elements).all():
@@ -329,6 +342,10 @@ class _Float32Twin:
         self._first: FreeRun | None = None
         self._runs: dict[tuple[int, int], FreeRun] = {}
 
+    def forget(self) -> None:
+        """Forget a strip's run."""
+        self._runs.clear()
+
     def advance(self, seen: Seen) -> dict[str, jax.Array]:
         """Return float32 patterns after each step, (length, elements)."""
         bench, rows, candidate = self._subject.bench, seen.window.rows, self._candidate
@@ -371,19 +388,20 @@ def _optax32(moment: scalars.Moment) -> dict[str, float]:
     )
 
 
-class _Ratios:
+class _Ratios(Countable):
     """Counts how much too large the stored second moment is, and what that does to the step size.
 
     Both ratios of an element go into one code, which holds for the usual ones; the few others are computed
     once more in NumPy, and counted by themselves.
     """
 
+    MADE_OF = ("_roots", "_steps")
+
     def __init__(self, subject: Subject, counter: GroupCounter):
         self._subject, self._counter = subject, counter
         self._seconds = tuple((name, *subject.source(name)) for name in _seconds(subject))
-        shape = (*subject.counts, len(QUANTILES))
-        self._root, self._step = np.full(shape, np.nan), np.full(shape, np.nan)
-        self._counted = np.zeros(subject.counts, np.int64)
+        self._roots, self._steps = (Histograms(*subject.counts, SIZES) for _ in range(2))
+        #: First bins of those that codes tell apart: where most ratios of the window before were.
         self._near = np.full(2, (SIZES - _NEAR) // 2, np.int32)
         groups = subject.counts[1]
         self._length = min(subject.bench.length, max(1, _HISTOGRAMS // (groups * _PAIRS)))
@@ -400,7 +418,7 @@ class _Ratios:
             tuple(own32[name] for name, _, _ in self._seconds),
             added,
             self._near,
-            self._counter.offsets(seen.window.rows, _PAIRS),
+            self._counter.offsets(seen.window, _PAIRS),
         )
 
     def count(
@@ -424,10 +442,9 @@ class _Ratios:
         own32: Mapping[str, jax.Array],
         codes: NDArray[np.int32],
     ) -> None:
-        """Count some steps from the window's `first` on; after a timestep's last rows take the quantiles."""
-        window, steps = seen.window, len(codes)
-        if window.rows[0] == 0:
-            self._histograms[:] = 0
+        """Count some steps from the window's `first` on."""
+        steps = len(codes)
+        self._histograms[:] = 0
         pairs = self._counter.count(codes, steps, _PAIRS)  # type: ignore[arg-type]
         near = pairs[..., :_UNCOUNTED].reshape(*pairs.shape[:2], _NEAR, _NEAR)
         for k, axis in enumerate((-1, -2)):
@@ -435,12 +452,9 @@ class _Ratios:
             self._histograms[k, :steps, :, at] += near.sum(axis=axis)
         if pairs[..., _ELSEWHERE].any():
             self._count_elsewhere(seen, first, added, own32, codes)
-        if window.rows[1] == self._subject.bench.recording.tokens:
-            begin = self._subject.place(window).start + first
-            place, histograms = slice(begin, begin + steps), self._histograms[:, :steps]
-            self._counted[place] = histograms[0].sum(axis=-1)
-            self._root[place] = np.sqrt(quantiles(histograms[0]))
-            self._step[place] = quantiles(histograms[1])
+        begin = self._subject.place(seen.window).start + first
+        self._roots.add(begin, self._histograms[0, :steps])
+        self._steps.add(begin, self._histograms[1, :steps])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the variables.
@@ -448,10 +462,17 @@ class _Ratios:
         A bin of a root is half as wide as one of the second moment: its lower edge is less than 1/64 below
         the root. That of a step size is less than 1/32 below it.
         """
+        shape = (*self._subject.counts, len(QUANTILES))
+        found, root, step = np.zeros(shape[:2], np.int64), np.full(shape, np.nan), np.full(shape, np.nan)  # fmt: skip
+        for place, histograms in self._roots:
+            found[place] = histograms.sum(axis=-1)
+            root[place] = np.sqrt(quantiles(histograms))
+        for place, histograms in self._steps:
+            step[place] = quantiles(histograms)
         return {
-            "root_ratio_count": self._counted,
-            "root_ratio_quantile": self._root,
-            "step_size_ratio_quantile": self._step,
+            "root_ratio_count": found,
+            "root_ratio_quantile": root,
+            "step_size_ratio_quantile": step,
         }
 
     def _count_elsewhere(
@@ -463,9 +484,8 @@ class _Ratios:
         codes: NDArray[Any],
     ) -> None:
         """Compute and count what `code` could not hold."""
-        rows = seen.window.rows
-        offsets = np.asarray(self._counter.offsets(rows, _PAIRS))
-        kinds = np.asarray(self._counter.offsets(rows, SIZES + 1))
+        offsets = np.asarray(self._counter.offsets(seen.window, _PAIRS))
+        kinds = np.asarray(self._counter.offsets(seen.window, SIZES + 1))
         stored = [(np.asarray(seen.arrays[key]), fmt) for _, key, fmt in self._seconds]
         other = [np.asarray(own32[name]) for name, _, _ in self._seconds]
         for i in range(len(codes)):
@@ -491,8 +511,10 @@ class _Ratios:
         return firsts
 
 
-class _Traces:
+class _Traces(Countable):
     """Follows a few tokens of each group, step by step."""
+
+    MERGED = {"_stored": "sum", "_float32": "sum"}
 
     def __init__(self, subject: Subject):
         self._subject = subject
@@ -507,9 +529,9 @@ class _Traces:
         key, fmt = self._subject.source("exp_avg_sq")
         place, steps = self._subject.place(seen.window), seen.window.steps
         stored, float32 = np.asarray(seen.arrays[key]), np.asarray(own32)
-        width, (begin, end) = self._subject.bench.recording.width, seen.window.rows
+        width, begin = self._subject.bench.recording.width, seen.window.rows[0]
         for i, token in enumerate(self.tokens.tolist()):
-            if begin <= token < end:
+            if seen.window.own[0] <= token < seen.window.own[1]:
                 at = slice((token - begin) * width, (token - begin + 1) * width)
                 self._stored[place, i] = _root_of_mean(stored[1 : steps + 1, at], fmt)
                 self._float32[place, i] = _root_of_mean(float32[:steps, at], FLOAT32)

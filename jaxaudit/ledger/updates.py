@@ -34,6 +34,7 @@ from jaxaudit.operations import (
 )
 from jaxaudit.replay import widened
 from jaxaudit.steps import Kernel, Scalars, Step
+from jaxaudit.strips import Countable, Histograms
 
 # What became of a weight that was to change: unchanged, moved by one ulp, by more; one and more the other way.
 _LOST, _ONE, _MORE, _ONE_AGAINST, _MORE_AGAINST, _CLASSES = range(6)
@@ -63,12 +64,15 @@ _UNDEFINED_BITS = np.uint64(FLOAT64.sign_bit)
 _BLOCK = 1 << 20
 
 
-class Updates:
+class Updates(Countable):
     """The ledger of lost updates of one recording, filled in window by window.
 
     Args:
         subject: the recording, under the arithmetic that made it.
     """
+
+    MERGED = {"_classes": "sum", "_others": "sum", "_decay_classes": "sum", "_sums": "sum"}
+    MADE_OF = ("_sizes",)
 
     def __init__(self, subject: Subject):
         self._subject, self._rule = subject, ExactRule(subject)
@@ -79,11 +83,12 @@ class Updates:
         self._classes = np.zeros((*shape, _CLASSES), np.int64)
         self._others = np.zeros((*shape, _CODES - _IDLE), np.int64)
         self._decay_classes = np.zeros((*shape, _CLASSES), np.int64)
-        binades = SIZES // counting.STEPS_PER_BINADE
-        self._margins = np.zeros((*shape, binades), np.int64)
-        self._quantiles = np.full((*shape, len(counting.QUANTILES)), np.nan)
         self._sums = {name: np.zeros(shape) for name in _SUMS}
-        self._sizes: NDArray[np.int64] | None = None
+        self._sizes = Histograms(*shape, SIZES)
+
+    def forget(self) -> None:
+        """Forget a strip's rows."""
+        self._counter.forget()
 
     @staticmethod
     def possible(subject: Subject) -> bool:
@@ -124,7 +129,7 @@ class Updates:
         arrays, param = {key: seen.arrays[key] for _, key, _ in sources}, seen.arrays["param"]
         exact = _exact_program(self._rule.step, sources, storage, device)
         wanted = exact(zero, first, scalars, arrays, param)
-        offsets = self._counter.offsets(seen.window.rows, _CODES)
+        offsets = self._counter.offsets(seen.window, _CODES)
         codes = _codes_program(storage, device)(wanted, first, param, offsets)
         realised = _changes_program(storage, device)(zero, wanted, first, param)
         sums = _sums_program(bench.recording.width, device)(zero, wanted, realised)
@@ -152,7 +157,7 @@ class Updates:
             factors,
             {key: seen.arrays[key] for _, key, _ in sources},
             bench.tail(candidate, window.rows),
-            self._counter.offsets(window.rows, _NOT_DECAYING + 1),
+            self._counter.offsets(window, _NOT_DECAYING + 1),
         )
 
     def _place(self, seen: Seen, start: int, steps: int) -> slice:
@@ -166,24 +171,13 @@ class Updates:
         sized = found[..., :_IDLE].reshape(*found.shape[:2], _CLASSES, SIZES)
         self._classes[place] += sized.sum(axis=-1)
         self._others[place] += found[..., _IDLE:]
-        self._measure(seen, place, sized.sum(axis=-2))
+        self._sizes.add(place.start, sized.sum(axis=-2))
 
     def _add(self, seen: Seen, start: int, sums: Sequence[jax.Array]) -> None:
         place = self._place(seen, start, sums[0].shape[0])
         for name, rows in zip(_SUMS, sums, strict=True):
             found = np.asarray(rows)[: place.stop - place.start]
             self._sums[name][place] += sum_groups(found, seen.members)
-
-    def _measure(self, seen: Seen, place: slice, sizes: NDArray[np.int64]) -> None:
-        """Add up a timestep's histograms of sizes over its row ranges; the last one makes them whole."""
-        if seen.window.rows[0]:
-            assert self._sizes is not None
-            sizes = self._sizes + sizes
-        self._sizes = sizes
-        if seen.window.rows[1] == self._subject.groups.tokens:
-            binades = sizes.reshape(*sizes.shape[:2], -1, counting.STEPS_PER_BINADE)
-            self._margins[place] = binades.sum(axis=-1)
-            self._quantiles[place] = np.log2(counting.quantiles(sizes))
 
     def _count_decay(self, seen: Seen, codes: jax.Array) -> None:
         found = self._counter.count(codes, seen.window.steps, _NOT_DECAYING + 1)
@@ -198,8 +192,7 @@ class Updates:
             "unwanted_count": self._others[..., _UNWANTED - _IDLE],
             "undefined_count": undefined,
             **self._totals(undefined),
-            "margin_quantile": self._quantiles,
-            "margin_histogram": self._margins,
+            **self._margins(),
         }
         coordinates = subject.coordinates() | {
             "quantile": counting.QUANTILES,
@@ -215,6 +208,16 @@ class Updates:
             "enter no other count and no sum. signed_bias is the mean over all others.",
         }
         return results.label(arrays, coordinates, attributes, table=variables.UPDATES)
+
+    def _margins(self) -> dict[str, NDArray[Any]]:
+        """Return what the sizes come to."""
+        shape = self._subject.counts
+        binades = np.zeros((*shape, SIZES // counting.STEPS_PER_BINADE), np.int64)
+        quantiles = np.full((*shape, len(counting.QUANTILES)), np.nan)
+        for place, sizes in self._sizes:
+            binades[place] = sizes.reshape(*sizes.shape[:2], -1, counting.STEPS_PER_BINADE).sum(-1)
+            quantiles[place] = np.log2(counting.quantiles(sizes))
+        return {"margin_quantile": quantiles, "margin_histogram": binades}
 
     def _totals(self, undefined: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """Return the sums, and what is made of them."""

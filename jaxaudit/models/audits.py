@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxaudit.ledger.verdict import as_json
 from jaxaudit.model_recording import ModelRecording
 from jaxaudit.models import account, variables
 from jaxaudit.models.overview import Facts, Overview
+from jaxaudit.parts import Parts
 from jaxaudit.provenance import provenance
 from jaxaudit.recording import Recording, TokenGroups, token_groups_of
 from jaxaudit.safetensors_file import FileError, short
@@ -42,6 +43,7 @@ class _Plan:
         bytes: of its big tensors.
         kind: optimizer group and recorded formats; the same arithmetic is expected of all that agree in it.
         groups: whether the given token groups are over its rows.
+        tasks: of its audit.
     """
 
     facts: Facts
@@ -49,6 +51,7 @@ class _Plan:
     bytes: int
     kind: tuple[Any, ...]
     groups: bool
+    tasks: tuple[str, ...] = ()
 
 
 class ModelAudit:
@@ -59,6 +62,7 @@ class ModelAudit:
     Attributes:
         names: the parameters, in the model's order.
         ungrouped: those that the token groups are not over; they have the group `all` only.
+        tasks: names of what can be done by itself: strips of the parameters' rows.
     """
 
     def __init__(
@@ -92,6 +96,32 @@ class ModelAudit:
         self._known: dict[tuple[Any, ...], tuple[Known, ...]] = {}
         self._overview = Overview(self._steps)
         self._done = self._told = 0
+        self._parts: Parts | None = None
+        self.tasks = [f"{k:06}/{task}" for k, p in enumerate(self._plans) for task in p.tasks]
+
+    def publish(self, parts: Parts, names: Iterable[str]) -> None:
+        """Do some of `tasks` and keep their numbers, as `auditing.Audit.publish` does for one parameter."""
+        wanted: dict[int, list[str]] = {}
+        for name in names:
+            number, _, task = name.partition("/")
+            wanted.setdefault(int(number), []).append(task)
+        for k, tasks in wanted.items():
+            plan, own = self._plans[k], parts.within(f"{k:06}")
+            if all(map(own.has, tasks)):
+                continue
+            known = self._known_for(plan) if self._identifies else ()
+            with self._model.open(plan.facts.name) as recording:
+                options = self._options_of(recording, plan, known)
+                with auditing.Audit(recording, **options) as audit:
+                    audit.publish(own, tasks)
+
+    def through(self, parts: Parts | None) -> Iterator[dict[str, xr.Dataset]]:
+        """Go through the parameters as `__iter__` does, with a folder that keeps what is done."""
+        self._parts = parts
+        try:
+            yield from self
+        finally:
+            self._parts = None
 
     def __iter__(self) -> Iterator[dict[str, xr.Dataset]]:
         """Audit the parameters; yield the datasets of each by the name of their group in the model's file."""
@@ -108,8 +138,12 @@ class ModelAudit:
             if tree:
                 yield {f"{path}/{name}" if name else path: each for name, each in tree.items()}
 
-    def overview(self) -> xr.Dataset:
-        """Return the overview of all parameters, once every one was taken."""
+    def overview(self, started_at: str | None = None) -> xr.Dataset:
+        """Return the overview of all parameters, once every one was taken.
+
+        Args:
+            started_at: when the audit began; by default now.
+        """
         attributes = {
             "title": f"jaxaudit of the model recording {self._model.path.name}",
             "source": str(self._model.path),
@@ -118,6 +152,8 @@ class ModelAudit:
             "parameter_count_of_recording": len(self._model),
         }
         attributes |= provenance(self._devices[0], len(self._devices))
+        if started_at:
+            attributes["created_at"] = started_at
         dataset = self._overview.dataset(attributes)
         told = account.sentences(dataset)
         return dataset.assign_attrs(verdict=json.dumps(as_json(told), sort_keys=True))
@@ -145,7 +181,10 @@ class ModelAudit:
             formats = tuple(fmt.name for fmt in recording.formats.values())
             kind = (parameter.group, tuple(recording.formats), formats)
             fits = self._groups is not None and self._groups.tokens == recording.tokens
-            return _Plan(facts, steps, recording.bytes if steps else 0, kind, groups=fits)
+            ledger = self._options["ledger"] is not None
+            tasks = tuple(auditing.task_names(recording, ledger=ledger)) if steps else ()
+            size = recording.bytes if steps else 0
+            return _Plan(facts, steps, size, kind, groups=fits, tasks=tasks)
 
     def _check_plans(self) -> None:
         path = self._model.path
@@ -163,12 +202,14 @@ class ModelAudit:
     def _audit(self, plan: _Plan) -> tuple[dict[str, xr.Dataset], str]:
         """Audit a parameter; return its datasets, and what its arithmetic was found by."""
         known = self._known_for(plan) if self._identifies else ()
+        parts = self._parts and self._parts.within(f"{self._plans.index(plan):06}")
         with self._model.open(plan.facts.name) as recording:
-            tree = self._audited(recording, plan, known)
+            tree = self._audited(recording, plan, known, parts)
             by_group = tree[""].attrs.pop("identified_by", "") == "known"
             if by_group and not tree[""].attrs["identified_arithmetic"]:
                 # Another one might replay what this one does not.
-                tree, by_group = self._audited(recording, plan, ()), False
+                parts = parts and parts.within("alone")
+                tree, by_group = self._audited(recording, plan, (), parts), False
         by = ("group" if by_group else "parameter") if self._identifies else "request"
         parameter = plan.facts
         tree[""] = tree[""].assign_attrs(
@@ -180,19 +221,24 @@ class ModelAudit:
         return tree, by
 
     def _audited(
-        self, recording: Recording, plan: _Plan, known: tuple[Known, ...]
+        self, recording: Recording, plan: _Plan, known: tuple[Known, ...], parts: Parts | None
     ) -> dict[str, xr.Dataset]:
+        options = self._options_of(recording, plan, known)
+        return auditing.audit_groups(recording, parts=parts, **options)
+
+    def _options_of(
+        self, recording: Recording, plan: _Plan, known: tuple[Known, ...]
+    ) -> dict[str, Any]:
+        """Return the arguments of a parameter's audit."""
         groups = self._groups if plan.groups else None
         if self._groups and not plan.groups:
             groups = TokenGroups(recording.tokens, {"all": np.arange(recording.tokens)})
-        return auditing.audit_groups(
-            recording,
-            groups or token_groups_of(recording),
-            steps=plan.steps,
-            progress=self._tell(plan),
-            known=known,
-            **self._options,
-        )
+        return self._options | {
+            "groups": groups or token_groups_of(recording),
+            "steps": plan.steps,
+            "progress": self._tell(plan),
+            "known": known,
+        }
 
     def _known_for(self, plan: _Plan) -> tuple[Known, ...]:
         """Return what fits a large parameter of the same kind; sought once."""

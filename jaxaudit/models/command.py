@@ -1,35 +1,42 @@
 """What scripts/run_audit.py does with the folder of a whole model, apart from parsing and printing."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
 
 from jaxaudit import commands, results, summary
 from jaxaudit.auditing import Progress
-from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure
-from jaxaudit.model_recording import open_model
+from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure, Notice
+from jaxaudit.ledger.subject import LedgerOptions
+from jaxaudit.model_recording import ModelRecording, open_model
 from jaxaudit.models import account, figures
 from jaxaudit.models.audits import ModelAudit
 from jaxaudit.models.variables import PARAMETERS
+from jaxaudit.parts import Parts
 from jaxaudit.recording import open_token_groups
 from jaxaudit.safetensors_file import FileError, printable
 from jaxaudit.sources.model_folder import INDEX
 
 
-def run_audit(request: AuditRequest, progress: Progress | None = None) -> tuple[int, str]:
+def run_audit(
+    request: AuditRequest, progress: Progress | None = None, notice: Notice | None = None
+) -> tuple[int, str]:
     """Audit a recording, or every parameter of a model; return the exit status and what goes to stdout.
 
-    A folder with a recording.json is a model, unless one of its parameters is asked for by name.
+    A folder with a recording.json is a model, unless one of its parameters is asked for by name. For the arguments
+    see `commands.run_audit`.
 
     Raises:
         Failure: anything that people can mend.
     """
     if _is_model(request) and request.parameter is None:
-        return _audit_model(request, progress)
+        return _audit_model(request, progress, notice)
     if request.parameters is not None:
         hint = (
             "Leave --parameter out, or --parameters." if request.parameter else "Leave it out, or name one with --parameter."
@@ -37,7 +44,7 @@ def run_audit(request: AuditRequest, progress: Progress | None = None) -> tuple[
         raise Failure(
             f"--parameters chooses several of the folder of a whole model. {hint}", WRONG_USAGE
         )
-    return commands.run_audit(request, progress)
+    return commands.run_audit(request, progress, notice)
 
 
 def _is_model(request: AuditRequest) -> bool:
@@ -48,42 +55,97 @@ def _is_model(request: AuditRequest) -> bool:
         return False
 
 
-def _audit_model(request: AuditRequest, progress: Progress | None) -> tuple[int, str]:
-    with commands.failures():
+def _audit_model(
+    request: AuditRequest, progress: Progress | None, notice: Notice | None
+) -> tuple[int, str]:
+    with commands.failures(), contextlib.ExitStack() as opened:
         wanted, ledger = commands.begin(request)
         _refuse_single(request)
         model = open_model(request.recording or "")
-        output = Path(request.output or Path("results") / f"{model.path.absolute().name}.nc")
+        output = _output(request, model)
         outputs = [output]
         if request.plots:
             outputs += [Path(request.plots) / name for name in figures.FIGURES]
         read = [path for path in model.path.iterdir() if path.is_file()]
         read += [Path(path) for path in filter(None, [request.token_groups])]
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
-        steps = _steps(request, model.steps)
-        groups = open_token_groups(request.token_groups) if request.token_groups else None
-        try:
-            audit = ModelAudit(
-                model,
-                groups,
-                parameters=request.parameters,
-                arithmetics=wanted,
-                backend=request.backend,
-                devices=request.devices,
-                steps=steps,
-                progress=progress,
-                ledger=ledger,
-            )
-        except FileError:
-            raise
-        except ValueError as error:
-            if not str(error).startswith(("parameters: ", "steps ")):
-                raise
-            option = "--" if str(error).startswith("parameters") else "--steps: "
-            raise Failure(f"{option}{error}", WRONG_USAGE) from error
-        run = _Run(request, audit, output)
+        audit = _audit_of(request, model, wanted, ledger, progress)
+        stated = _manifest(request, model, wanted, ledger)
+        parts = opened.enter_context(commands.kept_parts(request, output, stated, notice))
+        told = progress and (lambda done, of: progress(done, of, model.steps))
+        mine = commands.own_tasks(request, audit.tasks, parts, one_task, told)
+        if mine is not None:
+            audit.publish(parts, mine)
+            last = opened.enter_context(parts.alone()) or request.shard is None
+            if not last or not all(map(parts.has, audit.tasks)):
+                return 0, commands.so_far(request, output, parts, audit.tasks)
+        run = _Run(request, audit, output, parts)
         commands.write_together(run.writers(), overwrite=request.overwrite)
+        parts.remove()
     return NOT_AS_EXPECTED if run.unmet else 0, run.text()
+
+
+def one_task(request: AuditRequest, name: str) -> None:
+    """Do a task of a model's audit and publish its part, in a process that does others too."""
+    audit, parts = _held(request)
+    audit.publish(parts, [name])
+
+
+@functools.lru_cache(maxsize=1)
+def _held(request: AuditRequest) -> tuple[ModelAudit, Parts]:
+    wanted, ledger = commands.begin(request)
+    model = open_model(request.recording or "")
+    audit = _audit_of(request, model, wanted, ledger, None)
+    stated = _manifest(request, model, wanted, ledger)
+    return audit, Parts(commands.parts_path(_output(request, model)), stated)
+
+
+def _output(request: AuditRequest, model: ModelRecording) -> Path:
+    return Path(request.output or Path("results") / f"{model.path.absolute().name}.nc")
+
+
+def _audit_of(
+    request: AuditRequest,
+    model: ModelRecording,
+    wanted: list[str],
+    ledger: LedgerOptions | None,
+    progress: Progress | None,
+) -> ModelAudit:
+    groups = open_token_groups(request.token_groups) if request.token_groups else None
+    try:
+        return ModelAudit(
+            model,
+            groups,
+            parameters=request.parameters,
+            arithmetics=wanted,
+            backend=request.backend,
+            devices=request.devices,
+            steps=_steps(request, model.steps),
+            progress=progress,
+            ledger=ledger,
+        )
+    except FileError:
+        raise
+    except ValueError as error:
+        if not str(error).startswith(("parameters: ", "steps ")):
+            raise
+        option = "--" if str(error).startswith("parameters") else "--steps: "
+        raise Failure(f"{option}{error}", WRONG_USAGE) from error
+
+
+def _manifest(
+    request: AuditRequest, model: ModelRecording, wanted: list[str], ledger: LedgerOptions | None
+) -> dict[str, Any]:
+    """Return what decides the result (see `parts.Parts`)."""
+    groups = open_token_groups(request.token_groups) if request.token_groups else None
+    options = {
+        "arithmetics": wanted,
+        "backend": request.backend,
+        "steps": _steps(request, model.steps),
+        "ledger": ledger,
+    }
+    found = commands.manifest(model.path.absolute(), str(model.steps), groups, options)
+    return found | {"parameters": request.parameters}
 
 
 def _refuse_single(request: AuditRequest) -> None:
@@ -106,8 +168,9 @@ def _steps(request: AuditRequest, steps: int) -> tuple[int, int] | None:
 class _Run:
     """One audit with its outputs: what it finds is written as it comes, and only the overview is kept."""
 
-    def __init__(self, request: AuditRequest, audit: ModelAudit, output: Path):
+    def __init__(self, request: AuditRequest, audit: ModelAudit, output: Path, parts: Parts):
         self._request, self._audit, self._output = request, audit, output
+        self._parts = parts
         self._overview = xr.Dataset()
         #: Parameters that do not replay under what was expected.
         self.unmet: list[str] = []
@@ -149,10 +212,10 @@ class _Run:
 
     def _write(self, path: Path) -> None:
         with results.GrowingFile(path) as file:
-            for tree in self._audit:
+            for tree in self._audit.through(self._parts):
                 self._check(tree)
                 file.add(tree)
-            self._overview = self._audit.overview()
+            self._overview = self._audit.overview(self._parts.started_at)
             file.add({"": self._overview})
 
     def _check(self, tree: dict[str, xr.Dataset]) -> None:
