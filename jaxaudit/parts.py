@@ -90,10 +90,18 @@ class Parts:
             FileError: it is not there, or damaged.
         """
         try:
-            with np.load(self._file(name), allow_pickle=False) as file:
+            with open(self._file(name), "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 numbers = {key: file[key] for key in file.files}
             return numbers, numbers.pop(_WORDS).tobytes().decode()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            AttributeError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:
             raise self.damaged(name) from error
 
     def damaged(self, name: str) -> FileError:
