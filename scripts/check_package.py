@@ -41,7 +41,7 @@ IN_SOURCE = (
 NOT_IN_WHEEL = re.compile(r"(^|/)(tests|scripts|results|docs|__pycache__)/")
 
 #: What comes with extras only.
-EXTRAS = ("torch", "transformers", "tokenizers", "optax", "h5py")
+EXTRAS = ("torch", "transformers", "tokenizers", "optax", "h5py", "distributed", "dask")
 
 #: The import may take so many times as long as JAX's.
 LONGEST_IMPORT = 1.5
