@@ -171,7 +171,9 @@ def tested(python: Path) -> dict[str, Any]:
         notify("\n".join(x for x in done.stdout.splitlines() if x.startswith("FAILED")))
     closing = done.stdout.strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", closing)}
-    return {"tests": list(TESTS)} | {x: counts.get(x, 0) for x in ("passed", "failed", "skipped")}
+    return {"selected": list(TESTS), "keywords": KEYWORDS} | {
+        x: counts.get(x, 0) for x in ("passed", "failed", "skipped")
+    }
 
 
 if __name__ == "__main__":
