@@ -91,11 +91,14 @@ class Countable:
             part.clear()
 
     def numbers(self, strip: Strip, prefix: str = "") -> Numbers:
-        """Return copies of the numbers by name, where one strip was gathered since `clear`."""
+        """Return copies of the numbers by name, where one strip was gathered since `clear`.
+
+        Integers are of any type that holds them.
+        """
         found = {}
         for name, rule, array in self._own_numbers():
             mine = array[..., slice(*strip.own)] if rule == "rows" else array
-            found[prefix + name] = mine.copy()
+            found[prefix + name] = _short(mine)
         for name, part in self._named():
             found |= part.numbers(strip, f"{prefix}{name}.")
         return found
@@ -126,6 +129,18 @@ class Countable:
             part = getattr(self, name)
             if part is not None:
                 yield name, part
+
+
+def _short(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy, of integers in the smallest type that holds them: most counts are small."""
+    if array.dtype.kind != "i" or not array.size:
+        return array.copy()
+    least, most = int(array.min()), int(array.max())
+    kinds = (np.uint8, np.uint16, np.uint32) if least >= 0 else (np.int8, np.int16, np.int32)
+    for kind in kinds:
+        if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max:
+            return array.astype(kind)
+    return array.copy()
 
 
 def _merge(rule: Rule, total: NDArray[Any], part: NDArray[Any], strip: Strip) -> None:
@@ -198,8 +213,8 @@ class Histograms(Countable):
             f"{prefix}blocks": np.array(
                 [(first, steps, full.size) for first, steps, full, _ in held], np.int64
             ).reshape(-1, 3),
-            f"{prefix}bins": np.concatenate([none, *(full for _, _, full, _ in held)]),
-            f"{prefix}counts": np.concatenate([none, *(counts for *_, counts in held)]),
+            f"{prefix}bins": _short(np.concatenate([none, *(full for _, _, full, _ in held)])),
+            f"{prefix}counts": _short(np.concatenate([none, *(counts for *_, counts in held)])),
         }
 
     def merge(self, numbers: Mapping[str, NDArray[Any]], strip: Strip, prefix: str = "") -> None:

@@ -200,15 +200,16 @@ def test_master_weights_are_found_behind_their_copies(tmp_path):
     tensors |= {key: f64(value) for key, value in given.items()}
     path = write(tmp_path / "master.safetensors", tensors)
     names = ["float32-master", "torch-cpu-loop"]
-    for lacking in ([], ["momentum_W", "variance_W"]):
+    # Windows that come out even make fewer programs; where the moments are there too, the last one is shorter.
+    for lacking, length in (([], 5), (["momentum_W", "variance_W"], 6)):
         part = {key: value for key, value in tensors.items() if key not in lacking}
-        dataset = audit(write(path, part), arithmetics=names, window_steps=5)
+        dataset = audit(write(path, part), arithmetics=names, window_steps=length)
         assert dataset.attrs["identified_arithmetic"] == "float32-master"
         assert all(mismatches(dataset, "float32-master")[s] in (0, -12) for s in EXACT)
         assert mismatches(dataset, "float32-master")["param"] == 0
         assert mismatches(dataset)["param"] > 0
     # The run's own weight is what the bits of the copies and their start give: a later part needs the start.
-    later = audit(write(path, tensors), arithmetics=names, steps=(6, 11), window_steps=2)
+    later = audit(write(path, tensors), arithmetics=names, steps=(6, 11), window_steps=5)
     assert mismatches(later, "float32-master") == EXACT
 
 
@@ -375,8 +376,9 @@ import sys, jax, jaxaudit, xarray as xr
 assert len(jax.devices()) == 8
 with jaxaudit.open_recording(sys.argv[1]) as recording:
     for count in map(int, sys.argv[4:]):
-        options = dict(arithmetics=sys.argv[3].split(","), backend="cpu", devices=count, window_steps=5)
-        options |= {} if "ledger" in sys.argv[2] else {"ledger": None}
+        # Of 12 steps; the last window is shorter than the others in one case, which is a program more for each.
+        options = dict(arithmetics=sys.argv[3].split(","), backend="cpu", devices=count)
+        options |= {"window_steps": 5} if "ledger" in sys.argv[2] else {"window_steps": 4, "ledger": None}
         tree = jaxaudit.audit_tree(recording, **options)
         assert tree.attrs["device_count"] == count
         tree.to_netcdf(f"{sys.argv[2]}-{count}.nc")

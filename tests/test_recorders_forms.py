@@ -40,31 +40,64 @@ def test_a_whole_model_replays_bit_for_bit(tmp_path, proof, form):
     assert len(found) >= 3 and set(found.values()) == {0}
 
 
-def test_the_trainer_s_two_ways_to_bfloat16_are_told_apart(tmp_path):
-    """In a process of its own: transformers brings warnings that are not ours."""
+#: What is run in a process of its own: transformers takes long to import, and brings warnings that are not ours.
+PROGRAMS = {
+    "page": "\n".join(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recording.md").read_text(), re.DOTALL)
+    ),
+    "trainer": """
+import json, pathlib, prove_recorders as proof, jaxaudit
+out = {}
+for form in ("trainer-autocast", "trainer-bfloat16"):
+    folder = pathlib.Path(form)
+    proof.FORMS[form][1](folder, 5)
+    with jaxaudit.open_recording(folder / "transformer.ln_f.weight.safetensors") as r:
+        ds = jaxaudit.audit(r)
+        out[form] = [r.storage.name, ds.attrs["identified_arithmetic"].split(","),
+            ds.attrs["state_precision"], bool((r.losses > 0).all()),
+            proof.audit_folder(folder, "torch-cpu-fused", every=14)]
+print(json.dumps(out))
+""",
+}
+RUNNER = """
+import contextlib, io, json, os, sys, traceback
+told = {}
+for name, program in json.load(sys.stdin).items():
+    os.mkdir(os.path.join(sys.argv[1], name))
+    os.chdir(os.path.join(sys.argv[1], name))
+    printed, failed = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program, name, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        failed = traceback.format_exc()
+    told[name] = printed.getvalue(), failed
+print("RESULT" + json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Run each program in a folder of its own; returns these, what was printed, and what was raised."""
     pytest.importorskip("transformers")
-    program = (
-        "import json, sys, pathlib, prove_recorders as proof, jaxaudit\n"
-        "out = {}\n"
-        "for form in ('trainer-autocast', 'trainer-bfloat16'):\n"
-        "    folder = pathlib.Path(sys.argv[1]) / form\n"
-        "    proof.FORMS[form][1](folder, 5)\n"
-        "    with jaxaudit.open_recording(folder / 'transformer.ln_f.weight.safetensors') as r:\n"
-        "        ds = jaxaudit.audit(r)\n"
-        "        out[form] = [r.storage.name, ds.attrs['identified_arithmetic'].split(','),\n"
-        "            ds.attrs['state_precision'], bool((r.losses > 0).all()),\n"
-        "            proof.audit_folder(folder, 'torch-cpu-fused', every=14)]\n"
-        "print('RESULT' + json.dumps(out))\n"
-    )
+    folder = tmp_path_factory.mktemp("programs")
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     run = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
+        [sys.executable, "-c", RUNNER, str(folder)],
+        input=json.dumps(PROGRAMS),
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.split("RESULT")[1])
+    told = json.loads(run.stdout.split("RESULT")[1])
+    return {name: (folder / name, *each) for name, each in told.items()}
+
+
+def test_the_trainer_s_two_ways_to_bfloat16_are_told_apart(done):
+    _, printed, failed = done["trainer"]
+    assert not failed, failed
+    found = json.loads(printed.splitlines()[-1])
     for form, storage in (("trainer-autocast", "float32"), ("trainer-bfloat16", "bfloat16")):
         stored, names, precision, losses, mismatches = found[form]
         assert stored == storage and f"exp_avg: {storage} as stored" in precision and losses
@@ -181,20 +214,11 @@ def test_optax_refuses_what_it_cannot_record(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_the_page_s_snippets_run(tmp_path):
-    pytest.importorskip("transformers")
-    text = (ROOT / "docs" / "recording.md").read_text()
-    program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "torch-cpu-fused" in run.stdout
+def test_the_page_s_snippets_run(done):
+    folder, printed, failed = done["page"]
+    assert not failed, failed
+    assert "torch-cpu-fused" in printed
     names = ["0.weight", "2.weight"]
-    assert sorted(p.stem for p in (tmp_path / "run").glob("*.safetensors")) == names
-    assert len(list((tmp_path / "trainer-run").glob("*.safetensors"))) == 3
-    assert len(list((tmp_path / "optax-run").glob("*.safetensors"))) == 2
+    assert sorted(p.stem for p in (folder / "run").glob("*.safetensors")) == names
+    assert len(list((folder / "trainer-run").glob("*.safetensors"))) == 3
+    assert len(list((folder / "optax-run").glob("*.safetensors"))) == 2

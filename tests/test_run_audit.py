@@ -787,7 +787,8 @@ def test_tables_asked_for_again_under_other_arithmetics(command, run):
     )
     assert (
         command(
-            run, "--csv", "x.csv", "--arithmetic", "float32-then-bfloat16", "--output", "b.nc"
+            run,
+            *("--csv", "x.csv", "--arithmetic", "float32-then-bfloat16", *ONLY, "--output", "b.nc"),
         ).status
         == 0
     )
@@ -883,7 +884,7 @@ def test_long_names(command, run):
 
 def test_long_schedules_and_metadata(command, folder):
     """Labels of any size fit into the dataset."""
-    steps = 12_000
+    steps = 4_000  # more than 64 KiB of numbers, which is what an attribute of HDF5's header holds
     rates = [0.0, *(1e-3 / (k + 3) for k in range(steps))]
     patterns = np.zeros((steps + 1, 1, 1), "<u4")
     tensors = {key: ("F32", patterns) for key in ("W", "grad_W", "momentum_W", "variance_W")}
@@ -932,6 +933,7 @@ def assert_flip_is_found(
     key: str,
     place: tuple[int, int, int],
     bit: int,
+    *options: str,
 ) -> None:
     """Flip one bit of one element: it is the first mismatch of its stage, and nothing is before."""
     dtype, original = tensors[key]
@@ -939,7 +941,7 @@ def assert_flip_is_found(
     flipped[place] ^= flipped.dtype.type(1 << bit)
     write(Path("flipped.safetensors"), dict(tensors) | {key: (dtype, flipped)}, metadata)
     arguments = ("--arithmetic", "torch-cpu-loop", "--expect", "torch-cpu-loop", "--json")
-    outcome = command("flipped.safetensors", *arguments, "--overwrite")
+    outcome = command("flipped.safetensors", *arguments, *options, "--overwrite")
     assert outcome.status == 1 and outcome.err == ""
     stage = {"W": "param", "momentum_W": "exp_avg", "variance_W": "exp_avg_sq"}[key]
     replayed = int(original[place]) >> (0 if dtype == "BF16" else 16)
@@ -964,7 +966,8 @@ def assert_flip_is_found(
 @pytest.mark.parametrize(("key", "bit"), [("W", 0), ("momentum_W", 16), ("variance_W", 0)])
 def test_one_flipped_bit_of_the_sample(command, key, bit):
     tensors, metadata = parse(jaxaudit.sample_paths()[0].read_bytes())
-    assert_flip_is_found(command, tensors, metadata, key, (777, 6, 41), bit)
+    options = () if key == "W" else ONLY  # the account, which this does not read, once is enough
+    assert_flip_is_found(command, tensors, metadata, key, (777, 6, 41), bit, *options)
 
 
 @pytest.mark.parametrize("key", ["W", "momentum_W", "variance_W"])
@@ -974,8 +977,9 @@ def test_one_flipped_bit_of_the_sample(command, key, bit):
 def test_one_flipped_bit_anywhere(command, key, place):
     tensors, metadata = short_run()
     random = np.random.default_rng(place)
+    options = () if place == (7, 3, 31) else ONLY
     for bit in random.choice(8 * tensors[key][1].itemsize, 3, replace=False).tolist():
-        assert_flip_is_found(command, tensors, metadata, key, place, bit)
+        assert_flip_is_found(command, tensors, metadata, key, place, bit, *options)
 
 
 def test_errors_never_show_a_traceback(folder):
