@@ -57,11 +57,11 @@ def test_bounds_are_those_that_were_tried(name):
         assert beyond is None or each < numbers(beyond)
 
 
-def test_the_ends_of_the_pythons_were_tried():
+def test_pythons_are_those_that_were_tried():
     stated = [x.split(" :: ")[-1] for x in PROJECT["classifiers"] if ":: Python :: 3." in x]
     oldest, *newest = (minors(each["python"]) for each in TRIED["environments"])
     assert PROJECT["requires-python"] == f">={oldest}"
-    assert (stated[0], stated[-1]) == (oldest, newest[-1])
+    assert stated == [oldest, *newest]
 
 
 def test_extras_hold_what_the_core_does_not_need():
