@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from jaxaudit.comparison import (
     sum_groups,
 )
 from jaxaudit.floats import FLOAT16, Format
+from jaxaudit.joint_replay import Measured
 from jaxaudit.operations import Formulation, combined, narrow_patterns
 from jaxaudit.recording import TENSOR_KEYS, Recording, TokenGroups, Window
 from jaxaudit.replay import Program, Recorded
@@ -28,12 +28,18 @@ from jaxaudit.workbench import Candidate, Place, Workbench
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What came of one stage of one window."""
+    """What came of one stage of one window: flags and values, or numbers by row, where anything differs."""
 
     program: Program
     formulation: Formulation
-    flags: NDArray[np.uint8] | None  # None where nothing differs
-    replayed: jax.Array | None
+    flags: NDArray[np.uint8] | None = None
+    replayed: jax.Array | None = None
+    measured: Measured | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Tell whether anything differs, or may by chance."""
+        return self.flags is not None or self.measured is not None
 
 
 class Tables(Countable):
@@ -193,7 +199,7 @@ class Accountant:
     ):
         self._bench, self._tables = bench, tables
         self._candidates, self._divergence = candidates, divergence
-        self._started: dict[Place, tuple[jax.Array, jax.Array]] = {}
+        self._started: dict[Place, tuple[jax.Array, jax.Array | None]] = {}
         #: Whether steps before the audited ones must be read for what was not recorded.
         self.needs_run_up = any(bench.hidden(candidate) for candidate in candidates)
         for a, candidate in enumerate(candidates):
@@ -211,10 +217,10 @@ class Accountant:
         """
         bench, storage = self._bench, self._bench.recording.storage
         param = bench.comparison.start_inspection(arrays["param"], storage, storage)
-        squares = bench.comparison.start_squared_norms(arrays["param"], storage, "float32")
+        squares = None
+        if "param" not in bench.start(self._candidates, window, arrays):
+            squares = bench.comparison.start_squared_norms(arrays["param"], storage, "float32")
         self._started[window.first, window.rows] = param, squares
-        for candidate in self._candidates:
-            bench.start(candidate, window, arrays)
 
     def account(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
         """Compare one window, started before, under every arithmetic.
@@ -226,24 +232,25 @@ class Accountant:
         """
         looked, squares = self._started.pop((window.first, window.rows))
         param = combined(looked)
-        observed = self._observe(window, arrays, members, None if param & TINY else squares)
+        tiny = bool(param & TINY)
+        observed = self._observe(window, arrays, members, squares, tiny=tiny)
         clean: set[str] = set()
         for a, candidate in enumerate(self._candidates):
             read = self._bench.with_hidden(candidate, window, arrays)
             stages, differing = self._bench.stages(candidate), False
             for stage in stages:
-                outcome = self._replay(candidate, stage, window, read)
-                differing |= outcome.flags is not None
+                outcome = self._replay(candidate, stage, window, read, tiny=tiny)
+                if outcome.differs:
+                    differing = True
+                    self._bench.differing.add((candidate, stage))
                 self._enter(a, stage, outcome, window, arrays, members)
                 clean |= self._proved(outcome)
                 if stage == "param":
-                    tiny = bool(param & TINY) or outcome.formulation == "float64"
-                    self._enter_norms(a, outcome, window, arrays, members, observed, tiny)
+                    own = tiny or outcome.formulation == "float64"
+                    self._enter_norms(a, outcome, window, arrays, members, observed, own)
             if self._divergence:
                 exact = not differing and stages == STAGES
-                self._divergence.follow(
-                    a, window, arrays, members, exact=exact, tiny=bool(param & TINY)
-                )
+                self._divergence.follow(a, window, arrays, members, exact=exact, tiny=tiny)
         self._look_at_values(window, arrays, members, param, clean)
 
     def run_up(self, window: Window) -> None:
@@ -253,13 +260,18 @@ class Accountant:
             self._bench.with_hidden(candidate, window, arrays)
 
     def _replay(
-        self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded
+        self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded, *, tiny: bool
     ) -> _Outcome:
         bench, program = self._bench, self._bench.program(candidate, stage)
+        # The sums of what was measured are of float32 differences, which do no justice to tiny weights.
+        measured = None if tiny and stage == "param" else bench.measured(candidate, stage, window)
+        if measured:
+            differs = measured.counts.any()
+            return _Outcome(program, "float32", measured=measured if differs else None)
         flags, formulation = bench.flags(candidate, stage, window, arrays)
         chance = stage == "param" and program.step.stochastic
         if flags is None and not chance:
-            return _Outcome(program, formulation, None, None)
+            return _Outcome(program, formulation)
         replayed = bench.results(candidate, stage, window, arrays, formulation)
         if flags is None:
             elements = (window.rows[1] - window.rows[0]) * bench.recording.width
@@ -275,13 +287,16 @@ class Accountant:
         arrays: Recorded,
         members: list[NDArray[np.int64]],
     ) -> None:
-        if outcome.flags is None:
+        if not outcome.differs:
             return
         tables, place, s = self._tables, self._tables.place(window), STAGES.index(stage)
-        counts, distances = self._bench.comparison.mismatches(
-            outcome.replayed, outcome.program.result, arrays[stage], outcome.program.recorded
-        )
-        if stage == "param" and outcome.program.step.stochastic:
+        if outcome.measured:
+            counts, distances = outcome.measured.counts, outcome.measured.distances
+        else:
+            counts, distances = self._bench.comparison.mismatches(
+                outcome.replayed, outcome.program.result, arrays[stage], outcome.program.recorded
+            )
+        if outcome.flags is not None and stage == "param" and outcome.program.step.stochastic:
             rows = window.rows[1] - window.rows[0]
             wrong = outcome.flags.reshape(window.steps, rows, -1) != 0
             counts[: window.steps, :rows] = wrong.sum(axis=-1)
@@ -295,7 +310,8 @@ class Accountant:
         )
         known = tables.first[a, s]
         if known[0] == results.NOT_AUDITED or window.first <= known[0]:  # in an earlier strip
-            keep_first(known, self._locate(outcome, window, window.tensors[stage]))
+            candidate = self._candidates[a]
+            keep_first(known, self._locate(candidate, stage, outcome, window))
 
     def _enter_roundings(
         self,
@@ -311,18 +327,22 @@ class Accountant:
             for b in range(rows.shape[-1]):
                 table[a, place, :, b] += sum_groups(rows[: window.steps, :, b], members)
 
-    def _locate(self, outcome: _Outcome, window: Window, recorded: NDArray[Any]) -> list[int]:
+    def _locate(
+        self, candidate: Candidate, stage: Stage, outcome: _Outcome, window: Window
+    ) -> list[int]:
         """Describe the first differing element as `results.MISMATCH_FIELDS`."""
-        assert outcome.flags is not None and outcome.replayed is not None
         width = self._bench.recording.width
-        t, k = divmod(int(np.argmax(outcome.flags.reshape(-1) != 0)), outcome.flags.shape[1])
-        return [
-            window.first + t,
-            window.rows[0] + k // width,
-            k % width,
-            int(recorded[t + 1].reshape(-1)[k]),
-            int(np.asarray(outcome.replayed[t])[k]),
-        ]
+        if outcome.measured:
+            wrong = outcome.measured.counts != 0
+            t, row = divmod(int(np.argmax(wrong.reshape(-1))), wrong.shape[1])
+            column, replayed = self._bench.first_difference(candidate, stage, window, t, row)
+        else:
+            assert outcome.flags is not None and outcome.replayed is not None
+            t, k = divmod(int(np.argmax(outcome.flags.reshape(-1) != 0)), outcome.flags.shape[1])
+            row, column = divmod(k, width)
+            replayed = int(np.asarray(outcome.replayed[t])[k])
+        recorded = int(window.tensors[stage][t + 1].reshape(-1, width)[row, column])
+        return [window.first + t, window.rows[0] + row, column, recorded, replayed]
 
     def _observe(
         self,
@@ -330,16 +350,28 @@ class Accountant:
         arrays: Recorded,
         members: list[NDArray[np.int64]],
         squares: jax.Array | None,
+        *,
+        tiny: bool,
     ) -> NDArray[np.float64]:
-        """Enter the squared norms of the recorded change; in float64 if `squares`, of float32, is None."""
+        """Enter the squared norms of the recorded change; in float64 where weights are tiny."""
         comparison, storage = self._bench.comparison, self._bench.recording.storage
-        if squares is None:
-            rows = comparison.squared_norms(arrays["param"], storage, "float64")
+        measured = None if tiny or squares is not None else self._measured_weights(window)
+        if measured:
+            rows = measured.squares[-1]
+        elif tiny or squares is None:
+            formulation: Formulation = "float64" if tiny else "float32"
+            rows = comparison.squared_norms(arrays["param"], storage, formulation)
         else:
             rows = comparison.finished(squares)
         sums = sum_groups(rows[: window.steps], members)
         self._tables.observed[self._tables.place(window)] += sums
         return sums
+
+    def _measured_weights(self, window: Window) -> Measured | None:
+        """Return what was measured of the weights under any arithmetic."""
+        auditing = (c for c in self._candidates if "param" in self._bench.stages(c))
+        found = (self._bench.measured(c, "param", window) for c in auditing)
+        return next(filter(None, found), None)
 
     def _enter_norms(
         self,
@@ -352,18 +384,21 @@ class Accountant:
         tiny: bool,
     ) -> None:
         tables, place = self._tables, self._tables.place(window)
-        if outcome.flags is None:  # the replayed change is the recorded one, to the bit
+        if not outcome.differs:  # the replayed change is the recorded one, to the bit
             tables.predicted[a, place] += observed
             tables.product[a, place] += observed
             return
         program = outcome.program
-        rows = self._bench.comparison.inner_products(
-            outcome.replayed,
-            program.result,
-            arrays["param"],
-            program.recorded,
-            "float64" if tiny else "float32",
-        )
+        if outcome.measured:
+            rows = outcome.measured.squares[:3]
+        else:
+            rows = self._bench.comparison.inner_products(
+                outcome.replayed,
+                program.result,
+                arrays["param"],
+                program.recorded,
+                "float64" if tiny else "float32",
+            )
         targets = (tables.predicted, tables.difference, tables.product)
         for table, values in zip(targets, rows, strict=True):
             table[a, place] += sum_groups(values[: window.steps], members)
@@ -374,7 +409,7 @@ class Accountant:
         A float16 result may be infinite although every operand was ordinary.
         """
         program, storage = outcome.program, self._bench.recording.storage
-        ordinary = outcome.flags is None and outcome.formulation == "float32"
+        ordinary = not outcome.differs and outcome.formulation == "float32"
         if not ordinary or storage is FLOAT16:
             return set()
         proved = {"grad"} & {i.tensor for i in program.inputs}

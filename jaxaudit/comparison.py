@@ -117,6 +117,21 @@ class Comparison:
         )
         return tuple(np.asarray(sums) for sums in program(np.uint32(0), replayed, recorded))
 
+    def start_changes(
+        self, replayed: Any, replayed_format: Format, recorded: Any, recorded_format: Format
+    ) -> tuple[jax.Array, ...]:
+        """Start what `mismatches`, `inner_products` and `squared_norms` do, in float32.
+
+        A replayed value that is NaN makes its row's second sum of squares NaN.
+
+        Returns:
+            Counts, distances, the three sums of `inner_products`, and that of `squared_norms`, each (steps, rows).
+        """
+        formats, key = (replayed_format, recorded_format), (self._width, self._device)
+        counted = _mismatch_program(*formats, *key)(replayed, recorded)
+        products = _products_program(*formats, self._width, "float32", self._device, observed=True)
+        return (*counted, *products(np.uint32(0), replayed, recorded))
+
     def roundings(self, replayed: Any, recorded: Any) -> tuple[NDArray[np.float64], ...]:
         """Count what stochastic rounding to bfloat16 did, by row and bin of the fraction.
 
@@ -146,17 +161,34 @@ class Comparison:
 def sum_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Add up (steps, rows) over each group's rows; (steps, groups), independent of the window."""
     with np.errstate(invalid="ignore", over="ignore"):  # recorded infinities and NaNs carry through
-        return np.stack([np.ascontiguousarray(rows[:, g]).sum(axis=1) for g in groups], axis=-1)
+        return np.stack([_of_group(rows, g).sum(axis=1) for g in groups], axis=-1)
 
 
 def max_groups(rows: NDArray[Any], groups: Iterable[NDArray[np.int64]]) -> NDArray[Any]:
     """Take the largest of (steps, rows) over each group's rows, 0 for none; (steps, groups)."""
-    return np.stack([rows[:, g].max(axis=1, initial=0) for g in groups], axis=-1)
+    return np.stack([_of_group(rows, g).max(axis=1, initial=0) for g in groups], axis=-1)
+
+
+def _of_group(rows: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
+    """Return a group's columns of (steps, rows), in C order: sums along it are pairwise."""
+    count = rows.shape[1]
+    if group.size == count and (group[:-1] < group[1:]).all():  # that is, all
+        return np.ascontiguousarray(rows)
+    return rows.take(group, axis=1)
 
 
 def _change(ops: Operations, after: Any, before: Any) -> Any:
     """Return the float32 difference as float64: its square is exact there, fused or not."""
     return ops.float64(ops.subtract(after, before))
+
+
+def distance(a: Any, b: Any, fmt: Format) -> Any:
+    """Count the steps between patterns of `fmt` that are no NaNs on its ordered line, in uint32; see `floats.ordered`."""
+    wide_a, wide_b = (x.astype(jnp.uint32) << (32 - fmt.width) for x in (a, b))
+    size_a, size_b = wide_a & np.uint32(0x7FFFFFFF), wide_b & np.uint32(0x7FFFFFFF)
+    across = (wide_a ^ wide_b) >> 31 != 0
+    between = jnp.maximum(size_a, size_b) - jnp.minimum(size_a, size_b)
+    return jnp.where(across, size_a + size_b, between) >> (32 - fmt.width)
 
 
 def fold(values: Any, combine: Callable) -> Any:
@@ -181,6 +213,12 @@ def fold(values: Any, combine: Callable) -> Any:
     if width > lanes:
         folded.append(values[:, lanes:])
     return folded[0] if len(folded) == 1 else jnp.concatenate(folded, axis=-1)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """Return the larger of two signed integers of which none is negative: `maximum` has no vector code in XLA:CPU."""
+    difference = b - a
+    return a + (difference & ~(difference >> (8 * difference.dtype.itemsize - 1)))
 
 
 def lanes_of(width: int) -> int:
@@ -347,16 +385,21 @@ def _products_program(
     width: int,
     formulation: Formulation,
     device: Device,
+    *,
+    observed: bool = False,
 ) -> Callable:
+    """Compute what `Comparison.inner_products` returns; with `observed` also the squares of the recorded change."""
+
     def whole(zero: Any, replayed: Any, recorded: Any) -> tuple[jax.Array, ...]:
         ops = operations_of(formulation, zero)
 
         def one_step(replayed: Any, before: Any, after: Any) -> tuple[jax.Array, ...]:
             p = ops.decode(replayed, replayed_format)
             w, o = ops.decode(before, recorded_format), ops.decode(after, recorded_format)
-            predicted, observed = _change(ops, p, w), _change(ops, o, w)
+            predicted, actual = _change(ops, p, w), _change(ops, o, w)
             difference = _change(ops, p, o)
-            terms = (predicted * predicted, difference * difference, predicted * observed)
+            terms = (predicted * predicted, difference * difference, predicted * actual)
+            terms += (actual * actual,) if observed else ()
             return fold_together(tuple(term.reshape(-1, width) for term in terms), width)
 
         return jax.vmap(one_step)(replayed, recorded[:-1], recorded[1:])

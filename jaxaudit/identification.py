@@ -489,6 +489,7 @@ def choose(bench: Workbench, wanted: str | Sequence[str], known: Sequence[Known]
     fits = [f.candidate for f in chosen if f.fits]
     every = [f.candidate for f in chosen]
     unlike = [c for k, c in enumerate(every) if not any(_alike(c, d) for d in every[:k])]
+    bench.differing |= {(f.candidate, s) for f in chosen for s, n in f.mismatches.items() if n}
     return Choice(unlike, next(iter(fits + unlike), None), was_known)
 
 

@@ -178,15 +178,16 @@ class Float32Operations:
         wide: quotients and roots are taken in float64 and rounded, where the device's own are approximations. A
             quotient or root of float32 numbers rounded to 53 bits first is rounded to 24 as if at once (53 >= 2 *
             24 + 2; Figueroa, "When is double rounding innocuous?", 1995).
+        number: of these operations, where a program has several: products that are fused are never one and the same.
 
     Attributes:
         strays: mask of the elements at which a subnormal number was met, so far; False for none.
     """
 
-    def __init__(self, zero: jax.Array, *, wide: bool = False):
+    def __init__(self, zero: jax.Array, *, wide: bool = False, number: int = 0):
         self._zero, self._wide = zero, wide
         self.strays: Any = False
-        self._calls = 0
+        self._calls = 8 * number
 
     def decode(self, patterns: Value, fmt: Format) -> Value:
         if fmt is FLOAT64:
@@ -534,11 +535,32 @@ def compile_exactly(function: Callable, device: Device) -> Callable:
     On CPU, XLA's algebraic simplifier would turn a division by a broadcast scalar into a multiplication
     by its reciprocal (`HandleDivide` in XLA's algebraic_simplifier.cc).
     """
-    return jax.jit(function, compiler_options=_CPU_OPTIONS if device.platform == "cpu" else None)
+    return jax.jit(function, compiler_options=_cpu_options() if device.platform == "cpu" else None)
 
 
-#: XLA uses half of AVX-512's width unless it is told otherwise; elsewhere the width is what there is.
-_CPU_OPTIONS = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_prefer_vector_width": 512}
+def kept(value: Value) -> Value:
+    """Return a value that a program computes once and keeps in memory, however often it is used.
+
+    XLA:CPU computes what several results or reductions have in common once for each of them, but where it ends in a
+    division or a root. It respects a barrier, unless the pass that takes these away runs before it looks for what to
+    compute together. Elsewhere the value is the same.
+    """
+    return lax.optimization_barrier(value)
+
+
+@functools.cache
+def _cpu_options() -> dict[str, Any]:
+    """Return the options of `compile_exactly`: barriers are left in (see `kept`) where this XLA can run them."""
+    # XLA uses half of AVX-512's width unless it is told otherwise; elsewhere the width is what there is.
+    usual = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_prefer_vector_width": 512}
+    options = usual | {"xla_disable_hlo_passes": "algsimp,cse_barrier_expander"}
+    program = jax.jit(lambda x: kept(x + 1) * 2, compiler_options=options)
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+        held = np.asarray(program(jax.device_put(np.arange(4, dtype=np.int32), host)))
+    except Exception:  # XLA's, of another version
+        return usual
+    return options if held.tolist() == [2, 4, 6, 8] else usual
 
 
 def any_bits(flags: jax.Array) -> jax.Array:

@@ -79,6 +79,13 @@ class Program:
     rule: Rule = dataclasses.field(compare=False)
     name: str = dataclasses.field(compare=False)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.step, self.stage, self.inputs, self.recorded))
+
     @property
     def result(self) -> Format:
         """Format of what it computes."""
@@ -299,7 +306,7 @@ class Replayer:
     def _try(self, program: Program, formulation: Formulation) -> str:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
         tried = min(TRIED, self.shape[1])
-        trial = _Trial(program, formulation, self.shape, tried)
+        trial = Trial(program, formulation, self.shape, tried)
         try:
             window, tail = self._placed(trial.window, trial.tail)
             arguments = (program, trial.scalars, window, tail)
@@ -322,7 +329,7 @@ class Replayer:
         inexact = formulation == "float64" and inexact_operations(self.device, formulation)
         return "a single operation gives other than the expected results" if inexact else ""
 
-    def _summarises(self, program: Program, formulation: Formulation, trial: "_Trial") -> bool:
+    def _summarises(self, program: Program, formulation: Formulation, trial: "Trial") -> bool:
         """Tell whether the program that combines all flags finds a difference if, and only if, there is one."""
         given = (program, formulation, trial.scalars)
         window, tail = self._placed(trial.window, trial.tail)
@@ -341,7 +348,7 @@ class Replayer:
         )
 
 
-class _Trial:
+class Trial:
     """Hard inputs for a program, in its own shapes, and what must come out."""
 
     def __init__(

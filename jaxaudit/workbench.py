@@ -1,6 +1,5 @@
 """A recording on a device: what turns the windows of the one into programs of the other."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -22,6 +21,8 @@ from jaxaudit.devices import Device, Placement
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
+from jaxaudit.joint_replay import MOST_EXACT, JointReplayer, Measured
+from jaxaudit.joint_replay import Started as Joint
 from jaxaudit.operations import Formulation, numpy_operations
 from jaxaudit.recording import Recording, Window
 from jaxaudit.replay import OWN_PARAM, Program, Recorded, Replayer
@@ -41,6 +42,13 @@ Flags: TypeAlias = tuple[NDArray[np.uint8] | None, Formulation]
 
 #: Windows that are worked on at a time: the next one is started before the last one is done.
 WINDOWS_HELD = 2
+
+#: Elements of all windows from which on it is worth compiling a program for stages that are known to differ, and windows
+#: in which such a program failed after which it is not tried again.
+JOINT_ELEMENTS, _JOINT_FAILURES = 1 << 26, 2
+
+#: Windows whose scalars are kept for the next strip.
+_SCALARS_HELD = 1 << 12
 
 #: Elements of a timestep on which uncertain scalars are tried, and timesteps after whose failure no more are.
 _SETTLED, _PATIENCE = 1 << 12, 3
@@ -104,9 +112,17 @@ class Workbench:
         self._tried_runs: dict[tuple[Candidate, tuple[str, ...]], FreeRun] = {}
         self._runs: dict[tuple[Candidate, tuple[int, int], tuple[str, ...]], FreeRun] = {}
         self._ran: dict[object, tuple[int, dict[str, jax.Array]]] = {}
+        self._keys: dict[Place, dict[Any, tuple[Any, tuple[Scalars, jax.Array]]]] = {}
         self._seen: dict[Place, dict[Any, Flags]] = {}
         self._started: dict[Place, dict[Any, jax.Array | None]] = {}
         self._hopeless: dict[Candidate, int] = {}
+        self._joint = JointReplayer(self.replayer, self.comparison, recording.width)
+        #: What takes care of a stage, and whether it measures it or finds it exact.
+        self._joined: dict[Place, dict[Any, tuple[Joint, bool]]] = {}
+        self._joint_failures: dict[tuple[Program, ...], set[int]] = {}
+        #: Stages that are known to differ: they are measured at once where that can be (`measured`).
+        self.differing: set[tuple[Candidate, Stage]] = set()
+        self._first_differing: set[tuple[Candidate, Stage]] | None = None
         #: Nudges of scalars that are not known exactly, by candidate and timestep.
         self.nudges: dict[Candidate, dict[int, Nudge]] = {}
         self._first_nudges: dict[Candidate, dict[int, Nudge]] | None = None
@@ -116,17 +132,24 @@ class Workbench:
 
         What was found before any strip, in identifying, is kept.
         """
-        if self._first_nudges is None:
-            self._first_nudges = copy.deepcopy(self.nudges)
-        self.nudges = copy.deepcopy(self._first_nudges)
+        if self._first_nudges is None or self._first_differing is None:
+            self._first_nudges = {c: dict(found) for c, found in self.nudges.items()}
+            self._first_differing = set(self.differing)
+        for candidate, found in self.nudges.items():
+            if found != self._first_nudges.get(candidate, {}):
+                self._scalars.pop(candidate, None)
+        self.nudges = {c: dict(found) for c, found in self._first_nudges.items()}
+        self.differing = set(self._first_differing)
         for held in (
             self._hopeless,
-            self._scalars,
+            self._keys,
             self._tails,
             self._runs,
             self._ran,
             self._seen,
             self._started,
+            self._joined,
+            self._joint_failures,
         ):
             held.clear()
 
@@ -286,7 +309,7 @@ class Workbench:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""
         known = self._scalars.setdefault(candidate, {})
         if window.first not in known:
-            while len(known) >= WINDOWS_HELD:
+            while len(known) >= _SCALARS_HELD:
                 del known[next(iter(known))]
             index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
             known[window.first] = self.scalars_at(candidate, index)
@@ -307,6 +330,7 @@ class Workbench:
         """Set the nudges of some timesteps."""
         self.nudges.setdefault(candidate, {}).update(nudges)
         self._scalars.pop(candidate, None)
+        self._keys.clear()
 
     def tail(self, candidate: Candidate, rows: tuple[int, int]) -> NDArray[np.uint8]:
         """Mark the elements of a vectorised kernel's scalar loop, where that matters."""
@@ -333,16 +357,98 @@ class Workbench:
             self._tails[key] = found, self.placement.put_one(found)
         return self._tails[key]
 
-    def start(self, candidate: Candidate, window: Window, arrays: Recorded) -> None:
-        """Start to compare a window under a candidate, for `flags` to take up; the device goes on meanwhile."""
-        if self.hidden(candidate):
-            return  # what is run freely must have come so far first
-        started = _of_window(self._started, window)
-        for stage in self.stages(candidate):
+    def start(
+        self, candidates: Sequence[Candidate], window: Window, arrays: Recorded
+    ) -> frozenset[Stage]:
+        """Start to compare a window, for `measured` and `flags` to take up; the device goes on meanwhile.
+
+        Returns:
+            The stages that are measured under some candidate.
+        """
+        started, joined = _of_window(self._started, window), _of_window(self._joined, window)
+        measured: set[Stage] = set()
+        # What is run freely must have come so far first.
+        candidates = [candidate for candidate in candidates if not self.hidden(candidate)]
+        for stage in STAGES:
+            asked = [candidate for candidate in candidates if stage in self.stages(candidate)]
+            if self._start_joint(asked, stage, window, arrays):
+                measured.add(stage)
+        for candidate in candidates:
+            for stage in self.stages(candidate):
+                program = self.program(candidate, stage)
+                key, given = self._flags_key(candidate, program, window)
+                if key not in started and key not in joined:
+                    started[key] = self.replayer.start(program, given[0], arrays, given[1])
+        return frozenset(measured)
+
+    def _start_joint(
+        self, candidates: Sequence[Candidate], stage: Stage, window: Window, arrays: Recorded
+    ) -> bool:
+        """Start to measure the candidates that are known to differ in a stage, and exact ones along with them."""
+        measured, exact = {}, {}
+        for candidate in candidates:
             program = self.program(candidate, stage)
+            if not self._joint.can_run(program):
+                continue
             key, given = self._flags_key(candidate, program, window)
-            if key not in started:
-                started[key] = self.replayer.start(program, given[0], arrays, given[1])
+            if (candidate, stage) not in self.differing:
+                exact.setdefault(key, (program, *given))
+            elif self._worth_measuring(candidate):
+                measured.setdefault(key, (program, *given))
+        joined = _of_window(self._joined, window)
+        for key, (program, scalars, tail) in measured.items():
+            free = [k for k in exact if k not in measured and k not in joined]
+            beside = [k for k in free if exact[k][2] is tail][:MOST_EXACT]
+            members = [(program, scalars), *(exact[k][:2] for k in beside)]
+            failed = self._joint_failures.get(tuple(member[0] for member in members), ())
+            if len(failed) < _JOINT_FAILURES and (
+                begun := self._joint.start(members, arrays, tail)
+            ):
+                joined[key] = begun, True
+                joined |= dict.fromkeys(beside, (begun, False))
+        return any(key in joined for key in measured)
+
+    def _worth_measuring(self, candidate: Candidate) -> bool:
+        recording = self.recording
+        elements = (self.steps[1] - self.steps[0]) * recording.tokens * recording.width
+        certain = len(candidate.arithmetic.nudges(candidate.given)) == 1
+        return certain and elements >= JOINT_ELEMENTS
+
+    def measured(self, candidate: Candidate, stage: Stage, window: Window) -> Measured | None:
+        """Return what a stage that is known to differ came to, where it was measured and nothing stood in the way."""
+        key, _ = self._flags_key(candidate, self.program(candidate, stage), window)
+        joint, measures = _of_window(self._joined, window).get(key, (None, False))
+        return self._finished(joint, window) if joint and measures else None
+
+    def first_difference(
+        self, candidate: Candidate, stage: Stage, window: Window, t: int, row: int
+    ) -> tuple[int, int]:
+        """Find the first element of a row in which a stage differs, in NumPy: its column and replayed pattern.
+
+        Args:
+            candidate: the arithmetic.
+            stage: the stage.
+            window: the window.
+            t: which of its steps.
+            row: which of its rows; something differs in it.
+        """
+        program, width = self.program(candidate, stage), self.recording.width
+        ops = numpy_operations(flushes=program.step.flushes)
+        names = {stage, *(i.tensor for i in program.inputs)}
+        cut = {name: window.tensors[name][t : t + 1 + (name != "grad"), row] for name in names}
+        scalars = {name: x[t : t + 1] for name, x in self.scalars(candidate, window).items()}
+        tail = self.tail(candidate, window.rows)[row * width : (row + 1) * width]
+        found = np.ascontiguousarray(program.replay(ops, scalars, cut, 1, tail)[0], np.float32)
+        recorded = floats.decode(cut[stage][1], program.recorded)
+        differs = floats.differ(found.view(np.uint32), recorded.view(np.uint32))
+        column = int(np.argmax(differs))
+        return column, int(floats.encode(found, program.result)[column])
+
+    def _finished(self, joint: Joint, window: Window) -> Measured | None:
+        found = joint.finish(window.steps)
+        if found is None:
+            self._joint_failures.setdefault(joint.team.members, set()).add(window.first)
+        return found
 
     def flags(self, candidate: Candidate, stage: Stage, window: Window, arrays: Recorded) -> Flags:
         """Compare one stage of a window under a candidate; see `Replayer.flags`.
@@ -362,6 +468,9 @@ class Workbench:
         """Compare, or remember: candidates that are alike in a stage have the same flags there."""
         seen, started = _of_window(self._seen, window), _of_window(self._started, window)
         key, (scalars, tail) = self._flags_key(candidate, program, window)
+        joint, measures = _of_window(self._joined, window).get(key, (None, False))
+        if key not in seen and joint and not measures and self._finished(joint, window):
+            seen[key] = None, "float32"
         if key not in seen:
             begun = started.pop(key, None)
             found, formulation = self.replayer.flags(program, scalars, arrays, tail, begun)
@@ -374,10 +483,13 @@ class Workbench:
         self, candidate: Candidate, program: Program, window: Window
     ) -> tuple[Any, tuple[Scalars, jax.Array]]:
         """Return what the flags of a stage depend on in a window, and the scalars and tail in it."""
-        scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
-        bits = tuple(scalars[name].tobytes() for name in program.scalars)
-        own = candidate if self.hidden(candidate) else None
-        return (program, bits, id(tail), own), (scalars, tail)
+        known, asked = _of_window(self._keys, window), (candidate, program.stage)
+        if asked not in known:
+            scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
+            bits = tuple(scalars[name].tobytes() for name in program.scalars)
+            own = candidate if self.hidden(candidate) else None
+            known[asked] = (program, bits, id(tail), own), (scalars, tail)
+        return known[asked]
 
     def _settle(
         self,

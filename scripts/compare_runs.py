@@ -6,6 +6,7 @@ import sys
 
 from jaxaudit.command_line import compare
 
+parser = functools.partial(compare.parser, "compare_runs.py")
 main = functools.partial(compare.main, program="compare_runs.py")
 
 if __name__ == "__main__":

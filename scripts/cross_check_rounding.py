@@ -6,6 +6,7 @@ import sys
 
 from jaxaudit.command_line import certificate
 
+parser = functools.partial(certificate.parser, "cross_check_rounding.py")
 main = functools.partial(certificate.main, program="cross_check_rounding.py")
 
 if __name__ == "__main__":

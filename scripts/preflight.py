@@ -6,6 +6,7 @@ import sys
 
 from jaxaudit.command_line import preflight
 
+parser = functools.partial(preflight.parser, "preflight.py")
 main = functools.partial(preflight.main, program="preflight.py")
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 from jaxaudit.command_line import record
 
+parser = functools.partial(record.parser, "record_run.py")
 main = functools.partial(record.main, program="record_run.py")
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 from jaxaudit.command_line import audit
 
+parser = functools.partial(audit.parser, "run_audit.py")
 main = functools.partial(audit.main, program="run_audit.py")
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ gc.set_threshold(100_000, 50, 100)
 _SECONDS = {
     "test_run_audit": 130,
     "test_auditing": 110,
+    "test_docs": 75,
     "test_free_run": 60,
     "test_recorders_forms": 60,
     "test_models": 50,

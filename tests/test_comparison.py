@@ -12,6 +12,7 @@ from jaxaudit.comparison import (
     TINY,
     UNREPRESENTABLE,
     Comparison,
+    distance,
     max_groups,
     sum_groups,
 )
@@ -111,6 +112,35 @@ def test_both_formulations_and_every_window_give_the_same_bits(width):
         for a, b, c in zip(whole, exact, single, strict=True):
             assert np.array_equal(a, b)
             assert np.array_equal(a[k : k + 1], c)
+
+
+@pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda f: f.name)
+def test_distances_of_all_but_nans(fmt):
+    rng = np.random.default_rng(fmt.width)
+    special = [0, fmt.sign_bit, 1, fmt.sign_bit | 1, fmt.infinity, fmt.sign_bit | fmt.infinity]
+    drawn = rng.integers(0, 1 << fmt.width, 5000, np.uint64)
+    drawn = drawn[(drawn & np.uint64(fmt.sign_bit - 1)) <= fmt.infinity]
+    values = np.concatenate([np.array(special, np.uint64), drawn]).astype(fmt.pattern_dtype)
+    a, b = (x.reshape(-1) for x in np.meshgrid(values[:80], values))
+    found = np.asarray(jax.jit(lambda a, b: distance(a, b, fmt))(a, b))
+    assert np.array_equal(found, floats.ulp_distance(a, b, fmt))
+
+
+@pytest.mark.parametrize("width", [7, 64, 257])
+@pytest.mark.parametrize("formats", [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16)])
+def test_changes_are_counted_and_summed_up_as_one_by_one(width, formats):
+    rng = np.random.default_rng(width)
+    recorded, replayed = draw(rng, formats[1], width, STEPS + 1), draw(rng, formats[0], width)
+    replayed[1, 0] = formats[0].infinity + 1
+    comparison = Comparison(DEVICE, width)
+    given = (replayed, formats[0], recorded, formats[1])
+    found = [np.asarray(x) for x in comparison.start_changes(*given)]
+    products = comparison.inner_products(*given, "float32")
+    observed = comparison.squared_norms(recorded, formats[1], "float32")
+    expected = (*comparison.mismatches(*given), *products, observed)
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a, b, equal_nan=True)
+    assert np.isnan(found[3][1, 0]) and np.isnan(found[3]).sum() == 1
 
 
 def test_subnormal_changes_are_not_lost():

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -875,17 +874,3 @@ def test_wrong_inputs_are_refused_in_one_line(
     assert found == status and not out
     assert said in err and err.count("\n") == 1 and err.startswith("compare_runs.py: error: ")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# The documentation.
-
-
-def test_the_snippets_of_the_page_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "comparing-runs.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 3
-    (tmp_path / "results").symlink_to(ROOT / "results")  # read, never written
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "docs/comparing-runs.md", "exec"), names)

@@ -669,12 +669,15 @@ def test_bounds_hold_at_their_edges(name):
             recorded = {key: draw(key, kept) for key, kept in plan.formats}
             state = {slot: draw(slot.name, plan.own_format(slot)) for slot in plan.carried}
             tails = [rng.integers(0, 2, n)] * len(plan.steps)
+            after = {
+                slot.name: draw(slot.name, dict(plan.formats)[slot.name]) for slot in plan.proofs
+            }
             ops = Watching()
             with np.errstate(all="ignore"):
                 at = courses.Timestep(
                     plan,
                     ops,
-                    courses.Before(scalars, recorded, state, tails, np.zeros(n, np.uint32)),
+                    courses.Before(scalars, recorded, state, tails, np.zeros(n, np.uint32), after),
                 )
             assert at.state and not ops.tiny - open_points
 

@@ -571,17 +571,3 @@ def test_figure_of_many_parameters(overview, count):
         boxes = [tick.get_window_extent() for tick in axis.get_yticklabels()]
         heights = sorted((box.y0, box.y1) for box in boxes)
         assert all(a[1] <= b[0] + 1 for a, b in zip(heights, heights[1:], strict=False))
-
-
-# --- the page ---
-
-
-def test_the_snippets_of_the_page_run(monkeypatch, tmp_path):
-    page = (ROOT / "docs" / "whole-models.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 4
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "docs/whole-models.md", "exec"), names)
-    assert (names["overview"].mismatch_total <= 0).all()

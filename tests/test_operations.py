@@ -16,6 +16,7 @@ from jaxaudit.operations import (
     Float64Operations,
     NumpyOperations,
     compile_exactly,
+    kept,
     narrow_patterns,
     operations_of,
 )
@@ -98,6 +99,22 @@ def test_a_product_is_rounded_before_it_is_added():
 
     program = compile_exactly(lambda zero, *p: formula(Float32Operations(zero), *p), DEVICE)
     assert_same(program(np.uint32(0), a, b, c), formula(NumpyOperations(), a, b, c))
+
+
+def test_what_is_kept_is_computed_once():
+    """XLA sets a barrier between a kept value and its uses: two results and a reduction read it from memory."""
+
+    def whole(x):
+        value = kept(x * x + 1)
+        return value, value * 3, jnp.sum(value)
+
+    x = np.arange(1000, dtype=np.int32)
+    program = compile_exactly(whole, DEVICE)
+    assert "opt-barrier(" in program.lower(x).compile().as_text()
+    for found, expected in zip(
+        program(x), (x * x + 1, 3 * (x * x + 1), (x * x + 1).sum()), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_contraction_that_this_guards_against_is_real():

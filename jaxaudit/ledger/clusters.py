@@ -17,7 +17,7 @@ from jaxaudit.comparison import fold
 from jaxaudit.devices import Device
 from jaxaudit.floats import Format
 from jaxaudit.ledger.subject import Subject
-from jaxaudit.operations import compile_exactly
+from jaxaudit.operations import compile_exactly, kept
 from jaxaudit.recording import Window
 from jaxaudit.strips import Countable
 
@@ -26,7 +26,7 @@ Rows = Callable[[], Iterable[tuple[int, NDArray[np.unsignedinteger]]]]
 
 
 def hash_rows(recorded: Any, fmt: Format, width: int, device: Device) -> dict[str, jax.Array]:
-    """Start to hash each row after each step, and to count the elements of it whose bits changed.
+    """Hash each row after each step, and count the elements of it whose bits changed.
 
     Args:
         recorded: patterns, (length + 1, rows * width).
@@ -35,9 +35,29 @@ def hash_rows(recorded: Any, fmt: Format, width: int, device: Device) -> dict[st
         device: where they are.
 
     Returns:
-        `hash0` and `hash1`, uint32, and `changed`, int32: lanes of shape (length, rows, any), to be added up.
+        `hash0` and `hash1`, uint32, and `changed`, int32, each of shape (length, rows).
     """
     return _hash_program(fmt, width, device)(recorded)
+
+
+def hashed(before: Any, after: Any, fmt: Format, width: int) -> dict[str, Any]:
+    """Return what the hashes of rows are the sums of, element by element.
+
+    Args:
+        before: patterns before a step, (elements,).
+        after: those after it.
+        fmt: their format.
+        width: elements of a row.
+
+    Returns:
+        `hash0` and `hash1`, uint32, and `changed`, int32, 1 where the bits are others: each (rows, width).
+    """
+    bits = after.astype(jnp.uint32).reshape(-1, width)
+    if fmt.width == 32:  # else two changed signs would always cancel: 2^31 times an odd factor
+        bits ^= bits >> 16
+    factors = _factors(width)
+    changed = (before != after).astype(jnp.int32).reshape(-1, width)
+    return {"hash0": bits * factors[0], "hash1": bits * factors[1], "changed": changed}
 
 
 class Clusters(Countable):
@@ -70,10 +90,8 @@ class Clusters(Countable):
         whole: dict[str, NDArray[Any]] = {}
         for window in bench.windows(subject.steps, names=("param",)):
             flat = window.tensors["param"].reshape(bench.length + 1, -1)
-            for name, lanes in hash_rows(jax.device_put(flat, bench.device), *key).items():
-                while lanes.shape[-1] > 1:
-                    lanes = _lanes_program(bench.device)(lanes)
-                found = np.asarray(lanes)[: window.steps, :, 0]
+            for name, rows in hash_rows(jax.device_put(flat, bench.device), *key).items():
+                found = np.asarray(rows)[: window.steps]
                 if name not in whole or len(whole[name]) != window.steps:
                     whole[name] = np.empty((window.steps, subject.groups.tokens), found.dtype)
                 whole[name][:, slice(*window.rows)] = found
@@ -213,20 +231,15 @@ def _factors(width: int) -> NDArray[np.uint32]:
 @functools.lru_cache(maxsize=64)
 def _hash_program(fmt: Format, width: int, device: Device) -> Callable:
     def one_step(before: Any, after: Any) -> dict[str, jax.Array]:
-        bits = after.astype(jnp.uint32).reshape(-1, width)
-        if fmt.width == 32:  # else two changed signs would always cancel: 2^31 times an odd factor
-            bits ^= bits >> 16
-        factors = _factors(width)
-        changed = (before != after).astype(jnp.int32).reshape(-1, width)
-        return {
-            "hash0": fold(bits * factors[0], jnp.add),
-            "hash1": fold(bits * factors[1], jnp.add),
-            "changed": fold(changed, jnp.add),
-        }
+        values = hashed(before, after, fmt, width)
+        return {name: fold(each, jnp.add) for name, each in values.items()}
 
-    return compile_exactly(lambda w: jax.vmap(one_step)(w[:-1], w[1:]), device)
+    def whole(recorded: Any) -> dict[str, jax.Array]:
+        found = {}
+        for name, lanes in jax.vmap(one_step)(recorded[:-1], recorded[1:]).items():
+            while lanes.shape[-1] > 1:
+                lanes = jax.vmap(lambda each: fold(each, jnp.add))(kept(lanes))
+            found[name] = lanes[..., 0]
+        return found
 
-
-@functools.lru_cache(maxsize=8)
-def _lanes_program(device: Device) -> Callable:
-    return compile_exactly(jax.vmap(lambda lanes: fold(lanes, jnp.add)), device)
+    return compile_exactly(whole, device)

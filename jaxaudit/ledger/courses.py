@@ -7,7 +7,6 @@ the compiler.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from jaxaudit.operations import (
     Operations,
     Value,
     compile_exactly,
+    kept,
     operations_of,
 )
 from jaxaudit.steps import Step
@@ -125,6 +125,11 @@ class Plan:
         """Return the slot of a remedy's weight, or of its compensation."""
         return Slot(name, self.courses[r].weight, r)
 
+    def is_proved(self, slot: Slot) -> bool:
+        """Tell whether a moment after a step is the recorded one, of which each step gives proof."""
+        own = dataclasses.replace(slot, follows=NOTHING)
+        return self.is_recorded(slot) and own in self.proofs
+
     def is_recorded(self, slot: Slot) -> bool:
         """Tell whether a moment before a step is a recorded one."""
         taken = slot.follows == NOTHING and slot.recipe == self.base
@@ -141,6 +146,11 @@ class Plan:
         """Number of marks of an element (see `Changes`)."""
         expected = sum(course.chance == "expected" for course in self.courses)
         return 2 + 3 * len(self.courses) - 2 * expected
+
+    @property
+    def chances(self) -> int:
+        """Number of sums that are made of the expectation of chance."""
+        return 2 * any(course.chance == "expected" for course in self.courses)
 
     def pairs(self, own: Sequence[Value], recorded: Value) -> list[tuple[Value, Value]]:
         """Pair weights, the recorded ones first, with those that their distance is taken from."""
@@ -160,6 +170,7 @@ class Before:
         state: what the remedies carry.
         tails: for each arithmetic, the elements of a vectorised kernel's scalar loop.
         bits: 16 random bits for each element, uint32.
+        after: recorded moments after the timestep, those of `Plan.proofs`.
     """
 
     scalars: Sequence[Mapping[str, Value]]
@@ -167,14 +178,36 @@ class Before:
     state: Mapping[Slot, Value]
     tails: Sequence[Value]
     bits: Value
+    after: Mapping[str, Value]
+
+
+#: Takes a slot and its value after the step.
+Keep = Callable[[Slot, Value], Value]
 
 
 class Timestep:
-    """One timestep of every remedy, on values of any class of operations."""
+    """One timestep of every remedy, on values of any class of operations.
 
-    def __init__(self, plan: Plan, ops: Any, before: Before):
-        self.plan, self.ops, self._before = plan, ops, before
+    A moment that the recording proves is read as it was recorded, and computed only to be compared with that:
+    where it is another one, nothing of the timestep counts.
+
+    Args:
+        plan: what the remedies do.
+        ops: the operations.
+        before: what is known.
+        keep: takes everything that is carried, as soon as it is computed; what it returns is used from then on.
+
+    Attributes:
+        proofs: what is computed of each of `Plan.proofs`.
+        state: everything that is carried, after the step.
+        ahead: each remedy's weight, one step from the recorded state.
+    """
+
+    def __init__(self, plan: Plan, ops: Any, before: Before, keep: Keep = lambda _, value: value):
+        self.plan, self.ops, self._before, self._keep = plan, ops, before, keep
         self._moments: dict[Slot, Value] = {}
+        self._carried = plan.carried
+        self.proofs = {slot: self._replay_moment(slot) for slot in plan.proofs}
         self.state = self._advance()
         self.ahead = [self._ahead(r) for r in range(len(plan.courses))]
 
@@ -192,32 +225,39 @@ class Timestep:
             param, compensation = self.plan.own("param", r), self.plan.own("compensation", r)
             before, lost = self._before.state[param], self._before.state.get(compensation)
             own = course.weight, course.free, before, lost
-            weights[param] = self._replay("param", *own)
+            found = self._replay("param", *own)
+            found = self._drawn(found) if course.chance == "drawn" else found
+            weights[param] = self._keep(param, found)
             if lost is not None:
-                weights[compensation] = self._replay("compensation", *own)
-            if course.chance == "drawn":
-                weights[param] = self._drawn(weights[param])
-        carried = self.plan.carried
-        return {s: weights[s] if s in weights else self.moment(s) for s in carried}
+                found = self._replay("compensation", *own)
+                weights[compensation] = self._keep(compensation, found)
+        return {s: weights[s] if s in weights else self.moment(s) for s in self._carried}
 
     def moment(self, slot: Slot) -> Value:
         """Return a moment after the step."""
+        if self.plan.is_proved(slot):
+            return self._before.after[slot.name]
         if self.plan.is_recorded(slot):
             slot = dataclasses.replace(slot, follows=RECORDED_STATE)
         if slot not in self._moments:
-            weight = self._before.recorded["param"]
-            if slot.follows >= 0:
-                weight = self._before.state[self.plan.own("param", slot.follows)]
-            others = [dataclasses.replace(slot, name=name) for name in MOMENTS]
-            found = self._replay(slot.name, slot.recipe, others, weight, None)
+            found = self._replay_moment(slot)
             if isinstance(self.ops, RangeOperations):  # those that are not ordinary are marked
                 found = found.within(ordinary(slot.name, self.plan.own_format(slot)))
-            self._moments[slot] = found
+            self._moments[slot] = self._keep(slot, found) if slot in self._carried else found
         return self._moments[slot]
 
-    def moments(self) -> Iterator[tuple[str, Value]]:
-        """Go through all moments after the step, with their names."""
-        return ((slot.name, value) for slot, value in self._moments.items())
+    def _replay_moment(self, slot: Slot) -> Value:
+        weight = self._before.recorded["param"]
+        if slot.follows >= 0:
+            weight = self._before.state[self.plan.own("param", slot.follows)]
+        others = [dataclasses.replace(slot, name=name) for name in MOMENTS]
+        return self._replay(slot.name, slot.recipe, others, weight, None)
+
+    def results(self) -> Iterator[tuple[str, Value]]:
+        """Go through everything that was computed as a tensor of a state, with its name."""
+        yield from ((slot.name, value) for slot, value in self._moments.items())
+        others = (slot for slot in self.state if slot not in self._moments)
+        yield from ((slot.name, self.state[slot]) for slot in others)
 
     def _drawn(self, weight: Value) -> Value:
         if isinstance(self.ops, RangeOperations):
@@ -261,17 +301,17 @@ class Changes:
     chance: Value | None
 
 
-def changes(at: Timestep, before: Before, after: Mapping[str, Value], lost: Value) -> Changes:
+def changes(at: Timestep, before: Before, after: Value, lost: Value) -> Changes:
     """Compare a timestep of every remedy with the recording; NumPy or JAX.
 
     Args:
         at: the timestep.
         before: what it started from.
-        after: recorded tensors after it: the weight, and those of `Plan.proofs`.
+        after: the recorded weight after it.
         lost: where the recorded update was lost.
     """
     plan, ops, weight = at.plan, at.ops, before.recorded["param"]
-    marks, chance = [_differ(ops, after["param"], weight)], None
+    marks, chance = [_differ(ops, after, weight)], None
     for r, course in enumerate(plan.courses):
         if course.chance == "expected":
             chance = chance_of_change(ops.patterns32(at.ahead[r]), ops.patterns32(weight))
@@ -281,8 +321,8 @@ def changes(at: Timestep, before: Before, after: Mapping[str, Value], lost: Valu
         slot = plan.own("param", r)
         marks.append(_differ(ops, at.state[slot], before.state[slot]))
     wrong = [
-        floats.differ(ops.patterns32(at.moment(slot)), ops.patterns32(after[slot.name]))
-        for slot in plan.proofs
+        floats.differ(ops.patterns32(found), ops.patterns32(before.after[slot.name]))
+        for slot, found in at.proofs.items()
     ]
     marks.append(functools.reduce(lambda a, b: a | b, wrong, marks[0] & False))
     return Changes(marks, chance)
@@ -360,7 +400,8 @@ def unproven(plan: Plan, envelope: Envelope) -> frozenset[int]:
     recorded: dict[str, Range] = {name: ordinary(name, fmt) for name, fmt in formats.items()}
     state = {slot: ordinary(slot.name, plan.own_format(slot)) for slot in plan.carried}
     tails = [np.zeros(1, np.uint8)] * len(plan.steps)
-    Timestep(plan, ops, Before(scalars, recorded, state, tails, None))
+    after = {slot.name: recorded[slot.name] for slot in plan.proofs}
+    Timestep(plan, ops, Before(scalars, recorded, state, tails, None, after))
     return frozenset(ops.unproven)
 
 
@@ -392,28 +433,72 @@ def step_program(
     The program takes a zero, the step's place in the window, the block's first row, the inputs (`single` and
     `double` scalars, `keys`, `low` and `high` words of the elements' numbers, `tails`, `lost`, and the recorded
     tensors by name, all of the whole window), and the patterns of `Plan.carried`. It returns these after the
-    step, 32 marks for each element as one uint32, and its chance.
+    step, and what was counted by row, two arrays of (numbers, rows): counts of marks (packed, see `unpacked`), in
+    float32 one more than `Plan.marks`; and `Plan.chances` chances with the squared distances after them.
     """
 
     def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, state: Any) -> Any:
         ops = _operations(formulation, zero, open_points)
         before, after, lost = _inputs(plan, ops, alike, rows, k, row, inputs, state)
-        at = Timestep(plan, ops, before)
+        patterns: dict[Slot, Value] = {}
+
+        def keep(slot: Slot, value: Value) -> Value:
+            fmt = plan.own_format(slot)
+            patterns[slot] = kept(ops.stored(value, fmt) if sparing else ops.encode(value, fmt))
+            return ops.decode(patterns[slot], fmt)
+
+        sparing = isinstance(ops, SparingOperations)
+        at = Timestep(plan, ops, before, keep)
         found = changes(at, before, after, lost)
         marks = list(found.marks)
-        if isinstance(ops, SparingOperations):
-            for name, value in (*before.recorded.items(), *after.items()):
+        if sparing:
+            # What was before the step was after the one before it, or at the window's start (`start_program`).
+            given = {"grad": before.recorded["grad"], "param": after} | dict(before.after)
+            for name, value in (*given.items(), *at.results()):
                 ops.watch_size(value, name)
-            for name, value in at.moments():
-                ops.watch_size(value, name)
-            for slot, value in before.state.items():
-                ops.watch_size(value, slot.name)
             marks.append(ops.strays)
-        code = _packed([mark.astype(jnp.uint32) for mark in marks], 1)
-        patterns = tuple(ops.encode(at.state[s], plan.own_format(s)) for s in plan.carried)
-        return patterns, code, found.chance
+        codes = [kept(code) for code in _packed([mark.astype(jnp.uint32) for mark in marks], 1)]
+        chances = [] if found.chance is None else _chances(kept(found.chance), lost)
+        counts = [_by_row(each, plan.width) for each in _countable(codes, len(marks), plan.width)]
+        own = [at.state[plan.own("param", r)] for r in range(len(plan.courses))]
+        distances = [_squared(ops, *pair, zero) for pair in plan.pairs(own, after)]
+        terms = tuple(term.reshape(-1, plan.width) for term in (*chances, *distances))
+        numbers = fold_together(terms, plan.width)
+        carried = tuple(patterns[slot] for slot in plan.carried)
+        return carried, jnp.stack(_combined(counts)), jnp.stack(numbers)
 
     return compile_exactly(one_step, device)
+
+
+def _by_row(values: Value, width: int) -> Value:
+    return fold(values.reshape(-1, width), jnp.add)
+
+
+def _chances(chance: Value, lost: Value) -> list[Value]:
+    """Return the chance to land, and that to recover."""
+    wide = chance.astype(jnp.float64)
+    return [wide, jnp.where(lost, wide, 0.0)]
+
+
+@functools.lru_cache(maxsize=64)
+def start_program(plan: Plan, rows: int, device: Device) -> Callable:
+    """Mark the rows of a block that do not start a window with ordinary numbers alone, uint32 (rows,).
+
+    The program takes a zero, the block's first row, the inputs and the state, as `step_program`.
+    """
+    n = rows * plan.width
+
+    def whole(zero: Any, row: Any, inputs: Inputs, state: Any) -> jax.Array:
+        ops = SparingOperations(zero, frozenset())
+        for name, fmt in plan.formats:
+            if name != "grad":
+                first = lax.dynamic_slice(inputs[name], (np.int32(0), row * plan.width), (1, n))[0]
+                ops.watch_size(ops.decode(first, fmt), name)
+        for slot, patterns in zip(plan.carried, state, strict=True):
+            ops.watch_size(ops.decode(patterns, plan.own_format(slot)), slot.name)
+        return _by_row(ops.strays.astype(jnp.uint32), plan.width).max(axis=-1)
+
+    return compile_exactly(whole, device)
 
 
 def _operations(formulation: Formulation, zero: Any, open_points: frozenset[int]) -> Any:
@@ -443,8 +528,8 @@ def _inputs(
     row: Any,
     inputs: Inputs,
     state: Any,
-) -> tuple[Before, dict[str, Value], Value]:
-    """Decode what a block's timestep reads: before it, after it, and where the recorded update was lost."""
+) -> tuple[Before, Value, Value]:
+    """Decode what a block's timestep reads: before it, the weight after it, and where its update was lost."""
     n, start = rows * plan.width, row * plan.width
 
     def part(values: Any) -> Any:
@@ -457,6 +542,7 @@ def _inputs(
     recorded = {name: ops.decode(cut(name, k), fmt) for name, fmt in formats.items()}
     later = dict.fromkeys(("param", *(slot.name for slot in plan.proofs)))
     after = {name: ops.decode(cut(name, k + 1), formats[name]) for name in later}
+    weight = after.pop("param")
     columns = {j: inputs["single"][k, j] for j in dict.fromkeys(alike)}
     numbers = {name: columns[j] for name, j in zip(plan.single, alike, strict=True)}
     numbers |= {name: inputs["double"][k, j] for j, name in enumerate(plan.double)}
@@ -465,44 +551,19 @@ def _inputs(
         for slot, patterns in zip(plan.carried, state, strict=True)
     }
     bits = random_bits(inputs["keys"][k], part(inputs["low"]), part(inputs["high"]))
+    bits = kept(bits.astype(jnp.uint16)).astype(jnp.uint32)
     tails = [part(tail) for tail in inputs["tails"]]
-    before = Before(_by_recipe(plan, numbers), recorded, values, tails, bits)
-    return before, after, cut("lost", k) != 0
+    before = Before(_by_recipe(plan, numbers), recorded, values, tails, bits, after)
+    return before, weight, cut("lost", k) != 0
 
 
-@functools.lru_cache(maxsize=64)
-def rows_program(
-    plan: Plan, formulation: Formulation, rows: int, marks: int, device: Device
-) -> Callable:
-    """Add up by row what `step_program` found.
-
-    The program takes a zero, the step's place in the window, the block's first row, the inputs, and the three results
-    of a step. It returns counts (packed, see `unpacked`), chances and squared distances.
-    """
-    n = rows * plan.width
-
-    def by_row(values: Any) -> Any:
-        return fold(values.reshape(-1, plan.width), jnp.add)
-
-    def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, results: Any) -> Any:
-        state, codes, chance = results
-        ops = operations_of(formulation, zero)
-        start = row * plan.width
-        found = [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(1) for j in range(marks)]
-        counts = [by_row(each) for each in (_packed(found, 8) if plan.width <= _PACKED else found)]
-        chances = []
-        if chance is not None:
-            lost = lax.dynamic_slice(inputs["lost"], (k, start), (1, n))[0] != 0
-            wide = chance.astype(jnp.float64)
-            chances = [wide, jnp.where(lost, wide, 0.0)]
-        after = lax.dynamic_slice(inputs["param"], (k + 1, start), (1, n))[0]
-        slots = [plan.own("param", r) for r in range(len(plan.courses))]
-        own = [ops.decode(state[plan.carried.index(slot)], plan.own_format(slot)) for slot in slots]
-        pairs = plan.pairs(own, ops.decode(after, plan.storage))
-        distances = [_squared(ops, weight, target, zero) for weight, target in pairs]
-        return _combined(counts), *_summed(plan.width, chances, distances)
-
-    return compile_exactly(one_step, device)
+def _countable(codes: Sequence[Value], marks: int, width: int) -> list[Value]:
+    """Turn codes of 32 marks into words that can be added up: four marks in a byte each, where a row's counts fit."""
+    if width > _PACKED:
+        return [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(1) for j in range(marks)]
+    four = [(codes[j // 32] >> np.uint32(j % 32)) & np.uint32(15) for j in range(0, marks, 4)]
+    # Of the four products of a bit, that of its own byte's place is the only one to be kept.
+    return [(bits * np.uint32(0x00204081)) & np.uint32(0x01010101) for bits in four]
 
 
 def _squared(ops: Operations, a: Value, b: Value, zero: Value) -> Value:
@@ -519,18 +580,10 @@ def _combined(counts: list[Any]) -> list[Any]:
     return list(lax.reduce(tuple(counts), zeros, add, (1,)))
 
 
-def _summed(width: int, *kinds: list[Any]) -> list[list[Any]]:
-    """Sum several lists of float64 arrays by row, in one pass."""
-    terms = [term.reshape(-1, width) for kind in kinds for term in kind]
-    sums = iter(fold_together(tuple(terms), width))
-    return [list(itertools.islice(sums, len(kind))) for kind in kinds]
-
-
-def unpacked(counts: Sequence[NDArray[Any]], marks: int, width: int) -> NDArray[np.int32]:
-    """Return the counts of each mark, (marks, ...), of a program's packed ones."""
+def unpacked(counts: NDArray[Any], marks: int, width: int) -> NDArray[Any]:
+    """Return the counts of each mark, integers (marks, ...), of a program's packed ones, (words, ...)."""
     if width > _PACKED:
-        return np.stack(counts).astype(np.int32)
+        return counts
     # Bytes of a word, the lowest first on any machine.
-    words = np.stack(counts).astype("<u4")
-    each = words.view(np.uint8).reshape(*words.shape, 4)
-    return np.moveaxis(each, -1, 1).reshape(-1, *words.shape[1:])[:marks].astype(np.int32)
+    each = np.ascontiguousarray(counts, "<u4").view(np.uint8).reshape(*counts.shape, 4)
+    return np.moveaxis(each, -1, 1).reshape(-1, *counts.shape[1:])[:marks]

@@ -14,7 +14,7 @@ need more than float64 has, and that square alone is more than D.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,14 +24,20 @@ import xarray as xr
 from jax import lax
 from numpy.typing import NDArray
 
-from jaxaudit.comparison import fold, sum_groups
+from jaxaudit.comparison import fold, larger, sum_groups
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.ledger.clusters import Clusters
 from jaxaudit.ledger.lives import Lives, line_distances, squared_norms
 from jaxaudit.ledger.subject import Seen, Subject
 from jaxaudit.ledger.variables import LATTICE, MEASURES, NORMS, REGIMES, TOKENS
-from jaxaudit.operations import Operations, compile_exactly, operations_of, widen_patterns
+from jaxaudit.operations import (
+    Operations,
+    compile_exactly,
+    kept,
+    operations_of,
+    widen_patterns,
+)
 from jaxaudit.recording import Window
 from jaxaudit.results import label
 from jaxaudit.strips import Countable
@@ -46,11 +52,11 @@ _PART = 1 << 20
 _COMBINES: dict[str, Callable] = {
     "ulp_l1": jnp.add,
     "ulp_squares": jnp.add,
-    "ulp_linf": jnp.maximum,
+    "ulp_linf": larger,
     "ulp_signed": jnp.add,
     "line_l1": jnp.add,
     "line_squares": jnp.add,
-    "line_linf": jnp.maximum,
+    "line_linf": larger,
     "line_signed": jnp.add,
     "crossings": jnp.add,
     "change_squares": jnp.add,
@@ -104,12 +110,9 @@ class Lattice(Countable):
         """Take the next window."""
         patterns, key = seen.arrays["param"], (self._fmt, self._width, self._subject.bench.device)
         plain = not np.asarray(_special_program(*key)(patterns)).any()
-        parts = []
-        for part in _parts(patterns, self._subject.bench.device):
-            lanes = _rows_program(*key, plain)(part)
-            while lanes["ulp_l1"].shape[-1] > 1:
-                lanes = _lanes_program(self._subject.bench.device)(lanes)
-            parts.append(lanes)
+        steps = _steps_of_part(patterns)
+        program = _rows_program(*key, plain, steps)
+        parts = [program(patterns, k) for k in range(0, len(patterns) - 1, steps)]
         seen.later(lambda: self._finish(seen, parts))
 
     def lattice(self) -> xr.Dataset:
@@ -230,20 +233,10 @@ class Lattice(Countable):
             self._ends["lattice_displacement"][rows] = line_distances(last, first, self._fmt)
 
 
-def _parts(patterns: jax.Array, device: Device) -> Iterator[jax.Array]:
-    """Cut a window's (length + 1, elements) into a few steps each, whose sums stay in memory that malloc keeps."""
+def _steps_of_part(patterns: jax.Array) -> int:
+    """Cut a window's (length + 1, elements) into so many steps each, whose sums stay in memory that malloc keeps."""
     length, most = patterns.shape[0] - 1, max(1, _PART // patterns.shape[1])
-    count = max(k for k in range(1, min(length, most) + 1) if length % k == 0)
-    if count == length:
-        yield patterns
-        return
-    for k in range(0, length, count):
-        yield _part_program(count + 1, device)(patterns, np.int32(k))
-
-
-@functools.lru_cache(maxsize=64)
-def _part_program(count: int, device: Device) -> Callable:
-    return compile_exactly(lambda x, k: lax.dynamic_slice_in_dim(x, k, count), device)
+    return max(k for k in range(1, min(length, most) + 1) if length % k == 0)
 
 
 #: What the first and the last weights tell.
@@ -335,8 +328,12 @@ def _square(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _rows_program(fmt: Format, width: int, device: Device, plain: bool) -> Callable:
-    """Make what reduces (length + 1, rows * width) patterns to lanes of each row and step.
+def _rows_program(
+    fmt: Format, width: int, device: Device, plain: bool, steps: int | None = None
+) -> Callable:
+    """Make what reduces (length + 1, rows * width) patterns, from a step on, to numbers of each row and step.
+
+    Each is of shape (steps, rows, 1), combined as `_COMBINES` says.
 
     Distances in ulp are in units of `_unit`, the largest as the bits of a float64 number: NaN is the largest of all.
 
@@ -345,6 +342,7 @@ def _rows_program(fmt: Format, width: int, device: Device, plain: bool) -> Calla
         width: elements of a row.
         device: where they are.
         plain: no pattern is infinite, NaN or, as float32, subnormal.
+        steps: how many; None for all.
     """
 
     def one_step(ops: Operations, before: Any, after: Any) -> dict[str, jax.Array]:
@@ -371,22 +369,22 @@ def _rows_program(fmt: Format, width: int, device: Device, plain: bool) -> Calla
         }
         return {name: fold(x.reshape(-1, width), _COMBINES[name]) for name, x in values.items()}
 
-    def whole(zero: Any, w: Any) -> dict[str, jax.Array]:
-        ops = operations_of("float64", zero)
-        return jax.vmap(functools.partial(one_step, ops))(w[:-1], w[1:])
+    def folded(name: str, lanes: Any) -> jax.Array:
+        while lanes.shape[-1] > 1:
+            lanes = jax.vmap(functools.partial(fold, combine=_COMBINES[name]))(kept(lanes))
+        return lanes
 
-    return functools.partial(compile_exactly(whole, device), np.uint32(0))
+    def whole(zero: Any, w: Any, start: Any) -> dict[str, jax.Array]:
+        ops, count = operations_of("float64", zero), steps or w.shape[0] - 1
+        if (
+            count < w.shape[0] - 1
+        ):  # fused with what follows, it would keep the compiler from using vectors
+            w = kept(lax.dynamic_slice_in_dim(w, start, count + 1))
+        lanes = jax.vmap(functools.partial(one_step, ops))(w[:-1], w[1:])
+        return {name: folded(name, each) for name, each in lanes.items()}
 
-
-@functools.lru_cache(maxsize=64)
-def _lanes_program(device: Device) -> Callable:
-    def whole(lanes: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: jax.vmap(functools.partial(fold, combine=_COMBINES[name]))(x)
-            for name, x in lanes.items()
-        }
-
-    return compile_exactly(whole, device)
+    program = compile_exactly(whole, device)
+    return lambda patterns, start=0: program(np.uint32(0), patterns, np.int32(start))
 
 
 @functools.lru_cache(maxsize=64)

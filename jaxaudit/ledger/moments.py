@@ -20,14 +20,14 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jaxaudit import scalars
-from jaxaudit.comparison import fold
+from jaxaudit.comparison import fold, larger
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT16, FLOAT32, Format, decode
 from jaxaudit.free_running import FreeRun
 from jaxaudit.ledger.counting import QUANTILES, SIZES, GroupCounter, quantiles, size_code
 from jaxaudit.ledger.subject import ExactRule, Seen, Subject
 from jaxaudit.ledger.variables import MOMENTS
-from jaxaudit.operations import ExactOperations, compile_exactly, widen_patterns
+from jaxaudit.operations import ExactOperations, compile_exactly, kept, widen_patterns
 from jaxaudit.recording import TokenGroups, Window
 from jaxaudit.results import NOT_AUDITED, label
 from jaxaudit.steps import Scalars, Stage, Step
@@ -127,11 +127,10 @@ class Moments(Countable):
         if rows not in self._streaks:
             none = np.zeros(facts.shape[1], layout.streak)
             self._streaks[rows] = jax.device_put((none,) * len(_MOMENTS), device)
-        self._streaks[rows], lanes = _rows_program(layout, device)(
+        self._streaks[rows], numbers = _rows_program(layout, device)(
             facts, self._streaks[rows], np.int64(seen.window.steps)
         )
-        numbers = _finish_program(layout, device)(*lanes)
-        seen.later(lambda: self._count(seen, *numbers))
+        seen.later(lambda: self._count(seen, *map(np.asarray, numbers)))
         seen.later(lambda: self._traces.take(seen, own32["exp_avg_sq"]))
         self._notice_float16(seen)
 
@@ -154,17 +153,19 @@ class Moments(Countable):
         found |= self._ratios.arrays() | self._traces.arrays()
         return label(found, coordinates, attributes, MOMENTS)
 
-    def _count(self, seen: Seen, facts: Any, lengths: Any, longest: Any) -> None:
-        """Add a window's numbers by row to those of its timesteps."""
+    def _count(
+        self, seen: Seen, facts: NDArray[Any], lengths: NDArray[Any], longest: NDArray[Any]
+    ) -> None:
+        """Add a window's numbers by row, of `_rows_program`, to those of its timesteps."""
         place, steps = self._subject.place(seen.window), seen.window.steps
         if seen.window.rows not in self._kinds:
             self._kinds[seen.window.rows] = _Kinds(seen)
         kinds = self._kinds[seen.window.rows]
-        for fact, rows in zip(FACTS, facts, strict=True):
-            self._counts[fact][place] += kinds.combine(np.asarray(rows)[:steps], np.add)
+        for fact, rows in zip(FACTS, _facts(facts, self._layout), strict=True):
+            self._counts[fact][place] += kinds.combine(rows[:steps], np.add)
         for name, length, most in zip(_MOMENTS, lengths, longest, strict=True):
-            self._lengths[name][place] += kinds.combine(np.asarray(length)[:steps], np.add)
-            found = kinds.combine(np.asarray(most)[:steps], np.maximum)
+            self._lengths[name][place] += kinds.combine(length[:steps], np.add)
+            found = kinds.combine(most[:steps], np.maximum)
             self._longest[name][place] = np.maximum(self._longest[name][place], found)
 
     def _notice_float16(self, seen: Seen) -> None:
@@ -690,7 +691,8 @@ def _pairs_program(formats: tuple[Format, ...], device: Device) -> Callable:
 def _rows_program(layout: _Layout, device: Device) -> Callable:
     """Return what follows each element's steps in a row, and adds up each row's facts and steps.
 
-    Rows come folded to a few lanes (see `comparison.fold`): (length, rows, lanes).
+    It returns the streaks after the window and, by row, the counts of the facts (see `_facts`), the sum of the
+    streaks of each moment, and the longest of each: three arrays of (numbers, length, rows).
     """
 
     def one_step(streaks: Any, timestep: Any) -> tuple[Any, Any]:
@@ -703,38 +705,33 @@ def _rows_program(layout: _Layout, device: Device) -> Callable:
         return after, tuple(found)
 
     def folded(values: Any, combine: Callable) -> jax.Array:
-        return jax.vmap(lambda each: fold(each.reshape(-1, layout.width), combine))(values)
+        return kept(jax.vmap(lambda each: fold(each.reshape(-1, layout.width), combine))(values))
 
     def whole(codes: Any, streaks: Any, steps: Any) -> Any:
         counts = jnp.arange(codes.shape[0]) < steps
         after, found = lax.scan(one_step, streaks, (codes, counts))
-        longest = [folded(each.astype(jnp.int32), _larger) for each in found]
+        longest = [folded(each.astype(jnp.int32), larger) for each in found]
         lengths = [folded(each.astype(layout.length), jnp.add) for each in found]
-        packed = [folded(_spread(codes, k), jnp.add) for k in range(_PACKS)]
-        return after, (packed, lengths, longest)
+        facts = [folded(_spread(codes, k), jnp.add) for k in range(_PACKS)]
+        if layout.width > _PACKED:
+            facts = [_unpacked(facts, fact) for fact in range(len(FACTS))]
+        return after, _combined(facts, lengths, longest)
 
     return compile_exactly(whole, device)
 
 
-@functools.lru_cache(maxsize=64)
-def _finish_program(layout: _Layout, device: Device) -> Callable:
-    """Return what folds lanes until one is left; wide rows' facts are unpacked first, int32 (length, rows)."""
+def _combined(*kinds: list[Any]) -> tuple[jax.Array, ...]:
+    """Add up the lanes of lists of integers, the last one's largest, all at once: the order does not matter."""
+    lanes = [each for kind in kinds for each in kind]
+    sums = len(lanes) - len(kinds[-1])
 
-    def folded(lanes: Any, combine: Callable) -> Any:
-        while lanes.shape[-1] > 1:
-            lanes = jax.vmap(lambda each: fold(each, combine))(lanes)
-        return lanes[..., 0]
+    def combine(a: Any, b: Any) -> tuple[Any, ...]:
+        added = [x + y for x, y in zip(a[:sums], b[:sums], strict=True)]
+        return *added, *(larger(x, y) for x, y in zip(a[sums:], b[sums:], strict=True))
 
-    def whole(packed: Any, lengths: Any, longest: Any) -> Any:
-        if layout.width < 1 << 8:
-            packed = [folded(lanes, jnp.add) for lanes in packed]
-            facts = [_unpacked(packed, fact) for fact in range(len(FACTS))]
-        else:
-            facts = [folded(_unpacked(packed, fact), jnp.add) for fact in range(len(FACTS))]
-        lengths = [folded(lanes, jnp.add).astype(jnp.int64) for lanes in lengths]
-        return facts, lengths, [folded(lanes, _larger) for lanes in longest]
-
-    return compile_exactly(whole, device)
+    zeros = tuple(each.dtype.type(0) for each in lanes)
+    found = iter(lax.reduce(tuple(lanes), zeros, combine, (lanes[0].ndim - 1,)))
+    return tuple(jnp.stack([next(found) for _ in kind]) for kind in kinds)
 
 
 #: 32-bit integers that the facts are packed into, a byte for each: no lane adds up more than 32 elements.
@@ -747,11 +744,18 @@ def _spread(codes: Any, pack: int) -> Any:
     return (bits * np.uint32(0x00204081)) & np.uint32(0x01010101)
 
 
+#: Widest row whose counts of facts are packed into bytes.
+_PACKED = 255
+
+
+def _facts(counts: NDArray[Any], layout: _Layout) -> NDArray[Any]:
+    """Return the counts of each fact by row, integers (len(FACTS), length, rows)."""
+    if layout.width > _PACKED:
+        return counts
+    # Bytes of a word, the lowest first on any machine.
+    each = np.ascontiguousarray(counts, "<u4").view(np.uint8).reshape(*counts.shape, 4)
+    return np.moveaxis(each, -1, 1).reshape(-1, *counts.shape[1:])[: len(FACTS)]
+
+
 def _unpacked(packed: Any, fact: int) -> Any:
     return (packed[fact // 4] >> np.uint32(8 * (fact % 4))).astype(jnp.int32) & 0xFF
-
-
-def _larger(a: Any, b: Any) -> Any:
-    """Return the larger of two int32 numbers of which none is negative; XLA:CPU has no vector code for `maximum`."""
-    difference = b - a
-    return a + (difference & ~(difference >> 31))

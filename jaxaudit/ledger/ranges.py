@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxaudit.floats import FLOAT16, FLOAT32, Format
+from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format
 from jaxaudit.operations import Float32Operations, Mask, Value
 
 #: Exponents between which an ordinary number of each tensor lies, where it is not zero. Second moments are not
@@ -234,6 +234,12 @@ class SparingOperations(Float32Operations):
         root = super().mkl_amd_sqrt(a)
         self._looks = True
         return root
+
+    def stored(self, value: Value, fmt: Format) -> Value:
+        """Return the patterns of a value that a format holds; NaNs mean nothing, as they are marked."""
+        if fmt is not BFLOAT16:
+            return self.encode(value, fmt)
+        return (lax.bitcast_convert_type(value, np.uint32) >> 16).astype(np.uint16)
 
     def watch_size(self, value: Value, name: str) -> None:
         """Mark a tensor's elements that are not ordinary."""

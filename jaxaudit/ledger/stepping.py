@@ -23,7 +23,7 @@ from jaxaudit.ledger.courses import (
     Timestep,
     changes,
     random_bits,
-    rows_program,
+    start_program,
     step_key,
     step_program,
     unpacked,
@@ -52,12 +52,12 @@ class Counts:
     """What was counted of some rows: arrays of (..., steps, rows).
 
     Attributes:
-        marks: counts of each mark of `courses.changes`, int32 (marks, steps, rows).
+        marks: counts of each mark of `courses.changes`, integers (marks, steps, rows).
         chances: sums of the chances to land and to recover, (0 or 2, steps, rows), out of 65,536.
         squares: squared distances from the master, of the recorded weights and of each other remedy.
     """
 
-    marks: NDArray[np.int32]
+    marks: NDArray[np.integer]
     chances: NDArray[np.float64]
     squares: NDArray[np.float64]
 
@@ -139,19 +139,23 @@ class Stepper:
         marks, points = plan.marks + single, self._open[plan] if single else frozenset()
         assert self._alike is not None
         step = step_program(plan, formulation, points, self._alike, count, self._device)
-        by_row = rows_program(plan, formulation, count, marks, self._device)
         if not single:
             inputs = {**inputs, "single": np.asarray(inputs["single"], np.float64)}
         found, zero, row = [], np.uint32(0), np.int32(first)
+        begin = (
+            start_program(plan, count, self._device)(zero, row, inputs, state) if single else None
+        )
         for k in map(np.int32, range(steps)):
-            results = step(zero, k, row, inputs, state)
-            state = results[0]
-            found.append(by_row(zero, k, row, inputs, results))
-        columns = [
-            [np.stack([np.asarray(step[kind][j]) for step in found]) for j in range(length)]
-            for kind, length in enumerate(map(len, found[0]))
-        ]
-        return state, _counts(unpacked(columns[0], marks, plan.width), *columns[1:])
+            state, *counts = step(zero, k, row, inputs, state)
+            found.append(counts)
+        packed, numbers = (
+            np.stack([np.asarray(each) for each in kind], 1) for kind in zip(*found, strict=True)
+        )
+        numbers = numbers[: plan.chances], numbers[plan.chances :]
+        counts = Counts(unpacked(packed, marks, plan.width), *numbers)
+        if begin is not None:
+            counts.marks[-1, 0] |= np.asarray(begin) != 0
+        return state, counts
 
     def _again(
         self,
@@ -234,17 +238,15 @@ def in_numpy(plan: Plan, inputs: Inputs, state: State, steps: int) -> tuple[Stat
         bits = random_bits(inputs["keys"][k], inputs["low"], inputs["high"])
         recorded = {name: each[k] for name, each in decoded.items()}
         after = {name: each[k + 1] for name, each in decoded.items() if name != "grad"}
-        lost = inputs["lost"][k] != 0
+        lost, weight = inputs["lost"][k] != 0, after["param"]
         with np.errstate(all="ignore"):
-            before = Before(_scalars_at(plan, inputs, k), recorded, values, inputs["tails"], bits)
+            scalars = _scalars_at(plan, inputs, k)
+            before = Before(scalars, recorded, values, inputs["tails"], bits, after)
             at = Timestep(plan, ops, before)
-            found = changes(at, before, after, lost)
+            found = changes(at, before, weight, lost)
             values = {slot: np.asarray(value, np.float32) for slot, value in at.state.items()}
             own = [values[plan.own("param", r)] for r in range(len(plan.courses))]
-            wide = [
-                [np.asarray(x, np.float64) for x in pair]
-                for pair in plan.pairs(own, after["param"])
-            ]
+            wide = [[np.asarray(x, np.float64) for x in pair] for pair in plan.pairs(own, weight)]
             apart = [weight - target for weight, target in wide]
             squares.append([_by_row(each * each, plan.width) for each in apart])
         marks.append(

@@ -28,6 +28,7 @@ from jaxaudit.ledger.subject import ExactRule, Seen, Subject, exact_update
 from jaxaudit.operations import (
     ExactOperations,
     compile_exactly,
+    kept,
     narrow_patterns,
     operations_of,
     widen_patterns,
@@ -127,16 +128,13 @@ class Updates(Countable):
         device, storage = bench.device, bench.recording.storage
         sources = self._sources(self._rule.reads)
         arrays, param = {key: seen.arrays[key] for _, key, _ in sources}, seen.arrays["param"]
-        exact = _exact_program(self._rule.step, sources, storage, device)
-        wanted = exact(zero, first, scalars, arrays, param)
         offsets = self._counter.offsets(seen.window, _CODES)
-        codes = _codes_program(storage, device)(wanted, first, param, offsets)
-        realised = _changes_program(storage, device)(zero, wanted, first, param)
-        sums = _sums_program(bench.recording.width, device)(zero, wanted, realised)
+        program = _block_program(self._rule.step, sources, storage, bench.recording.width, device)
+        codes, lost, sums = program(zero, first, scalars, arrays, param, offsets)
         if start < seen.window.steps:
             seen.later(lambda: self._count(seen, start, codes))
             seen.later(lambda: self._add(seen, start, sums))
-        return _lost_program(device)(codes, offsets)
+        return lost
 
     def _sources(self, names: Iterable[str]) -> tuple["_Source", ...]:
         return tuple((name, *self._subject.source(name)) for name in names)
@@ -173,10 +171,10 @@ class Updates(Countable):
         self._others[place] += found[..., _IDLE:]
         self._sizes.add(place.start, sized.sum(axis=-2))
 
-    def _add(self, seen: Seen, start: int, sums: Sequence[jax.Array]) -> None:
-        place = self._place(seen, start, sums[0].shape[0])
-        for name, rows in zip(_SUMS, sums, strict=True):
-            found = np.asarray(rows)[: place.stop - place.start]
+    def _add(self, seen: Seen, start: int, sums: jax.Array) -> None:
+        place = self._place(seen, start, sums.shape[1])
+        for name, rows in zip(_SUMS, np.asarray(sums), strict=True):
+            found = rows[: place.stop - place.start]
             self._sums[name][place] += sum_groups(found, seen.members)
 
     def _count_decay(self, seen: Seen, codes: jax.Array) -> None:
@@ -309,94 +307,77 @@ def _steps_of(arrays: Mapping[str, Any], sources: Sequence[_Source]) -> dict[str
 
 
 @functools.lru_cache(maxsize=64)
-def _exact_program(
-    step: Step, sources: tuple[_Source, ...], storage: Format, device: Device
+def _block_program(
+    step: Step, sources: tuple[_Source, ...], storage: Format, width: int, device: Device
 ) -> Callable:
-    """Compute exact updates, float64 (steps, elements).
+    """Take some steps of a window.
 
-    What is undefined is -0 (see `_undefined`), and a zero is +0: undefined are infinities, NaNs, and the updates
-    of recorded weights that are not finite, before the step or after it.
+    It returns codes, int32 (steps, elements); what was lost, uint8 (steps, elements); and `_SUMS` over each row,
+    float64 (len(_SUMS), steps, rows).
     """
 
-    def whole(zero: Any, start: Any, scalars: Any, arrays: Any, param: Any) -> jax.Array:
+    def whole(
+        zero: Any, start: Any, scalars: Any, arrays: Any, param: Any, offsets: Any
+    ) -> tuple[jax.Array, ...]:
         ops, steps = ExactOperations(zero), next(iter(scalars.values())).shape[0]
-
-        def one_step(s: Any, patterns: Any, before: Any, after: Any) -> jax.Array:
-            x = {name: ops.decode(patterns[name], fmt) for name, _, fmt in sources}
-            change = exact_update(step, ops, s, x | {"tail": np.uint8(0)}).change
-            finite = _finite(before, storage) & _finite(after, storage)
-            # Bits: XLA takes a sum with 0, which would turn -0 into 0, for nothing.
-            bits = lax.bitcast_convert_type(change, jnp.uint64)
-            bits = jnp.where(bits << 1 == 0, np.uint64(0), bits)
-            defined = finite & (jnp.abs(change) < np.inf)
-            return lax.bitcast_convert_type(jnp.where(defined, bits, _UNDEFINED_BITS), jnp.float64)
-
-        before = {name: _cut(arrays[key], start, steps) for name, key, _ in sources}
-        after = _cut(param, start + 1, steps)
-        return jax.vmap(one_step)(scalars, before, _cut(param, start, steps), after)
+        tensors = {name: _cut(arrays[key], start, steps) for name, key, _ in sources}
+        before, after = (_cut(param, k, steps) for k in (start, start + 1))
+        exact = functools.partial(_exact, step, sources, storage, ops)
+        wanted = kept(jax.vmap(exact)(scalars, tensors, before, after))
+        coded = jax.vmap(functools.partial(_coded, storage), (0, 0, 0, None))
+        codes = kept(coded(wanted, before, after, offsets))
+        lost = (codes - offsets < SIZES).astype(jnp.uint8)  # the first class
+        change = ops.decode(after, storage) - ops.decode(before, storage)
+        realised = kept(jnp.where(_undefined(wanted), 0.0, change))
+        sums = _summed(ops, wanted.reshape(-1, width), realised.reshape(-1, width))
+        return codes, lost, jnp.stack(sums).reshape(len(_SUMS), steps, -1)
 
     return compile_exactly(whole, device)
 
 
-# What is made of the exact updates are programs of their own: in one with them, XLA would compute an update anew
-# for each of its uses.
+def _exact(
+    step: Step,
+    sources: tuple[_Source, ...],
+    storage: Format,
+    ops: ExactOperations,
+    s: Any,
+    patterns: Mapping[str, Any],
+    before: Any,
+    after: Any,
+) -> jax.Array:
+    """Compute a timestep's exact updates, float64.
+
+    What is undefined is -0 (see `_undefined`), and a zero is +0: undefined are infinities, NaNs, and the updates
+    of recorded weights that are not finite, before the step or after it.
+    """
+    x = {name: ops.decode(patterns[name], fmt) for name, _, fmt in sources}
+    change = exact_update(step, ops, s, x | {"tail": np.uint8(0)}).change
+    finite = _finite(before, storage) & _finite(after, storage)
+    # Bits: XLA takes a sum with 0, which would turn -0 into 0, for nothing.
+    bits = lax.bitcast_convert_type(change, jnp.uint64)
+    bits = jnp.where(bits << 1 == 0, np.uint64(0), bits)
+    defined = finite & (jnp.abs(change) < np.inf)
+    return lax.bitcast_convert_type(jnp.where(defined, bits, _UNDEFINED_BITS), jnp.float64)
 
 
 def _undefined(wanted: Any) -> Any:
     return lax.bitcast_convert_type(wanted, jnp.uint64) == _UNDEFINED_BITS
 
 
-@functools.lru_cache(maxsize=64)
-def _codes_program(storage: Format, device: Device) -> Callable:
-    """Code each element, int32 (steps, elements)."""
-
-    def one_step(wanted: Any, before: Any, after: Any, offsets: Any) -> jax.Array:
-        old, new, idle = _line(before, storage), _line(after, storage), wanted == 0
-        code = _class_of(old, new, wanted < 0) * SIZES + _margin_code(wanted, before, storage)
-        code = jnp.where(idle, jnp.where(old == new, _IDLE, _UNWANTED), code)
-        code = jnp.where(_undefined(wanted), _UNDEFINED, code).astype(jnp.int32)
-        return code + offsets
-
-    def whole(wanted: Any, start: Any, param: Any, offsets: Any) -> jax.Array:
-        mapped, steps = jax.vmap(one_step, in_axes=(0, 0, 0, None)), wanted.shape[0]
-        return mapped(wanted, _cut(param, start, steps), _cut(param, start + 1, steps), offsets)
-
-    return compile_exactly(whole, device)
+def _coded(storage: Format, wanted: Any, before: Any, after: Any, offsets: Any) -> jax.Array:
+    """Code each element of a timestep, int32."""
+    old, new, idle = _line(before, storage), _line(after, storage), wanted == 0
+    code = _class_of(old, new, wanted < 0) * SIZES + _margin_code(wanted, before, storage)
+    code = jnp.where(idle, jnp.where(old == new, _IDLE, _UNWANTED), code)
+    code = jnp.where(_undefined(wanted), _UNDEFINED, code).astype(jnp.int32)
+    return code + offsets
 
 
-@functools.lru_cache(maxsize=64)
-def _lost_program(device: Device) -> Callable:
-    """Mark the elements whose code is that of a lost update, which is the first class; uint8 (steps, elements)."""
-    return compile_exactly(
-        lambda codes, offsets: (codes - offsets < SIZES).astype(jnp.uint8), device
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _changes_program(storage: Format, device: Device) -> Callable:
-    """Compute recorded changes, float64 (steps, elements); 0 where the exact update is undefined."""
-
-    def whole(zero: Any, wanted: Any, start: Any, param: Any) -> jax.Array:
-        ops, steps = ExactOperations(zero), wanted.shape[0]
-        before, after = (_cut(param, k, steps) for k in (start, start + 1))
-        change = ops.decode(after, storage) - ops.decode(before, storage)
-        return jnp.where(_undefined(wanted), 0.0, change)
-
-    return compile_exactly(whole, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _sums_program(width: int, device: Device) -> Callable:
-    """Sum up `_SUMS` over each row; each (steps, rows)."""
-
-    def whole(zero: Any, wanted: Any, realised: Any) -> tuple[jax.Array, ...]:
-        ops = ExactOperations(zero)
-        w, r = wanted.reshape(-1, width), realised.reshape(-1, width)
-        products = (ops.multiply(w, w), ops.multiply(r, r), ops.multiply(w, r))
-        sums = fold_together((w, r, jnp.abs(w), jnp.abs(r), *products), width)
-        return tuple(each.reshape(wanted.shape[0], -1) for each in sums)
-
-    return compile_exactly(whole, device)
+def _summed(ops: ExactOperations, wanted: Any, realised: Any) -> tuple[jax.Array, ...]:
+    """Sum up `_SUMS` over each row; each (rows,)."""
+    w, r = wanted, realised
+    products = (ops.multiply(w, w), ops.multiply(r, r), ops.multiply(w, r))
+    return fold_together((w, r, jnp.abs(w), jnp.abs(r), *products), w.shape[1])
 
 
 @functools.lru_cache(maxsize=64)
