@@ -16,8 +16,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
-def described_parser(program: str, described: str) -> Parser:
-    """Return a parser whose help begins with the first paragraph of a text and ends with the others."""
+def described_parser(program: str, described: str, name: str = "") -> Parser:
+    """Return a parser whose help begins with the first paragraph of a text and ends with the others.
+
+    Args:
+        program: as it was called: a file of scripts/, or a command.
+        described: the text.
+        name: the command as the text's examples call it; they are shown as the program was called.
+    """
+    called = f"python scripts/{program}" if program.endswith(".py") else program
+    if name:
+        described = described.replace(f"    {name}", f"    {called}")
     first, *others = described.split("\n\n")
     return Parser(
         prog=program,

@@ -1,76 +1,13 @@
 #!/usr/bin/env python
-"""Certify roundings: compare JAX, PyTorch and jaxaudit with IEEE 754, bit for bit.
+"""The same as `jaxaudit certificate`, from a checkout; see --help and jaxaudit/command_line/certificate.py."""
 
-    python scripts/cross_check_rounding.py
-    python scripts/cross_check_rounding.py --full --plots results/rounding
-    python scripts/cross_check_rounding.py --operations "float32 sqrt,bfloat16 add"
-
-Casts, single operations, parts of optimizers and whole Adam steps are computed as one writes them in JAX and
-in PyTorch, and as jaxaudit computes them. The result is a NetCDF file for xarray.open_dataset; a table of the
-shares that differ goes to stdout, progress and notices go to stderr.
-
-Finished operations are kept in a file next to the output, named as that with .unfinished after it; after an
-interruption the same command continues there. It is deleted once the output is written.
-
-Exit status: 0 what jaxaudit computes differs from IEEE 754 nowhere; 1 it does; 2 wrong usage, an output that
-cannot be written, or not enough memory; 130 interrupted.
-"""
-
-import argparse
+import functools
 import sys
-from collections.abc import Sequence
 
-from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
+from jaxaudit.command_line import certificate
 
-_NAME = "cross_check_rounding.py"
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = described_parser(_NAME, __doc__ or "")
-    p.add_argument("--backend", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
-    extent = p.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="a sample of operands (default)")
-    extent.add_argument(
-        "--full", action="store_true", help="every operand where that can be done; takes long"
-    )
-    p.add_argument("--operations", metavar="NAME[,NAME...]", help="only these (default: all)")
-    p.add_argument(
-        "--output", metavar="PATH", help="NetCDF file (default: results/rounding_<backend>.nc)"
-    )
-    p.add_argument("--table", metavar="PATH", help="tables and explanations as Markdown")
-    p.add_argument("--plots", metavar="DIR", help="figures as PNG")
-    add_usual_options(p)
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return run(lambda: _main(parser().parse_args(argv)))
-
-
-def _main(arguments: argparse.Namespace) -> int:
-    if arguments.version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", _NAME)
-    from jaxaudit.commands import Failure
-    from jaxaudit.rounding.command import CrossCheckRequest, cross_check_rounding
-
-    wanted = {k: v for k, v in vars(arguments).items() if k not in ("version", "quick", "quiet")}
-    progress, close = progress_bar("comparing", " results", quiet=arguments.quiet)
-    try:
-        outcome = cross_check_rounding(CrossCheckRequest(**wanted), progress)
-    except Failure as failure:
-        close()
-        print(f"{_NAME}: error: {failure}", file=sys.stderr)
-        return failure.status
-    finally:
-        close()
-    for notice in outcome.notices:
-        print(f"{_NAME}: {notice}", file=sys.stderr)
-    return put(outcome.text, _NAME) or outcome.status
-
+parser = functools.partial(certificate.parser, "cross_check_rounding.py")
+main = functools.partial(certificate.main, program="cross_check_rounding.py")
 
 if __name__ == "__main__":
     sys.exit(main())

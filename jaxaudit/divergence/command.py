@@ -1,4 +1,4 @@
-"""What scripts/compare_runs.py does, apart from parsing and printing."""
+"""What `jaxaudit compare` does, apart from parsing and printing."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from jaxaudit.sources.model_folder import INDEX
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareRequest:
-    """What the command line asks for; see scripts/compare_runs.py."""
+    """What the command line asks for; see command_line/compare.py."""
 
     a: str
     b: str

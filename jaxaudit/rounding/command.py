@@ -1,4 +1,4 @@
-"""What scripts/cross_check_rounding.py does, apart from parsing and printing."""
+"""What `jaxaudit certificate` does, apart from parsing and printing."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from jaxaudit.safetensors_file import printable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossCheckRequest:
-    """What the command line asks for; see scripts/cross_check_rounding.py."""
+    """What the command line asks for; see command_line/certificate.py."""
 
     backend: Any = "auto"
     full: bool = False
