@@ -21,6 +21,8 @@ _HOME = {
     "audit_tree": "auditing",
     "LedgerOptions": "ledger.subject",
     "compare": "divergence.runs",
+    "compare_models": "divergence.models",
+    "compare_models_tree": "divergence.models",
     "compare_results": "divergence.audits",
     "cross_check": "rounding.certificate",
     "free_run": "auditing",

@@ -180,7 +180,8 @@ class Divergence(Countable):
         recording, step = self._bench.recording, self._bench.step(candidate)
         started = self._tables.steps[0] == 1 and recording.first_step == 1
         known = all(name in recording.formats for name in step.state) and not step.keeps_more
-        return "grad" in recording.formats and not step.stochastic and (started or known)
+        whole = "grad" in recording.formats and recording.gaps is None
+        return whole and not step.stochastic and (started or known)
 
     def _proves(self, step: Step) -> bool:
         """Tell whether the audited stages are all of a step's state."""

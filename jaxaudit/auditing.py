@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import xarray as xr
 
+from jaxaudit import history
 from jaxaudit.accounting import Accountant, Divergence, Tables
 from jaxaudit.devices import Backend, find_devices
 from jaxaudit.identification import Known, check_names, choose
@@ -270,6 +271,7 @@ class Audit(contextlib.ExitStack):
         )
         tables.keep(kept)
         candidates = {k: choice.candidates[k] for k in kept}
+        gaps = self._recording.gaps
         with self._settings():
             found = {"": label_audit(self._bench, tables, candidates, self._notes)}
             if self._known:
@@ -279,6 +281,9 @@ class Audit(contextlib.ExitStack):
                 found["free_run"] = label_free_run(found[""], divergence)
             if self._book:
                 found |= self._book.datasets()
+            if gaps:
+                found = history.told(found, gaps)
+            if self._book:
                 found[""] = _with_verdict(found, choice.nearest, exact=exact)
         return found
 

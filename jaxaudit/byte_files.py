@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,21 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class ByteFile:
+class Closing:
+    """Context that closes what is open at its end; a base class."""
+
+    def close(self) -> None:
+        """Give everything back that is open."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ByteFile(Closing):
     """A regular file, open for reading by offset.
 
     Attributes:
@@ -72,12 +86,6 @@ class ByteFile:
         found = os.fstat(self._descriptor)
         self.size = found.st_size
         self.identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def __enter__(self) -> "ByteFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; reading from it afterwards fails."""
@@ -133,13 +141,23 @@ def _open(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) if regular else -1
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{path}: cannot be opened ({reason}). Check the path.") from error
+        raise FileError(
+            f"{path}:{_linked(path)} cannot be opened ({reason}). Check the path."
+        ) from error
     if not regular:
         what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise FileError(f"{path}: {what}. Give the .safetensors file itself.")
+        raise FileError(f"{path}:{_linked(path)} {what}. Give the .safetensors file itself.")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return descriptor
+
+
+def _linked(path: Path) -> str:
+    """Say where a link leads; nothing of what is none."""
+    try:
+        return f" a link to {short(os.readlink(path))}:"
+    except (OSError, ValueError):
+        return ""
 
 
 def halves(offset: int, buffer: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:

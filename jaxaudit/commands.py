@@ -215,7 +215,7 @@ class _Job(contextlib.ExitStack):
 
 def _lacking(request: AuditRequest, recording: Recording) -> dict[str, str]:
     """Say what a recording made of something else does not allow; one in a file of its own shows it as it is."""
-    if request.parameter is None and not recording.path.is_dir():
+    if request.parameter is None and not recording.path.is_dir() and recording.gaps is None:
         return {}
     return {name: why for name, why in recording.coverage().items() if why != "yes"}
 
@@ -471,11 +471,12 @@ def _steps(request: AuditRequest, recording: Recording) -> tuple[int, int] | Non
         return None
     first, end = parse_steps(request.steps)
     start = 1 if first is None else first
-    stop = recording.steps + 1 if end is None else end
+    stop = recording.number_of(recording.steps) + 1 if end is None else end
     try:
-        return workbench.check_steps(recording, (start, stop))
+        workbench.check_steps(recording, (start, stop))
     except ValueError as error:
         raise Failure(f"--steps: {error}", WRONG_USAGE) from error
+    return start, stop
 
 
 def parse_steps(text: str) -> tuple[int | None, int | None]:

@@ -16,18 +16,24 @@ class StepCount:
         limit: count that a step counter of low precision never exceeds (256 in bfloat16: 256 + 1 rounds
             back to 256); None where it counts on.
         corrects: whether moments are corrected for their bias at all.
+        numbers: number of each recorded step, from 1, where steps in between are missing; () for 1, 2, 3, ...
     """
 
     first: int = 1
     limit: int | None = None
     corrects: bool = True
+    numbers: tuple[int, ...] = ()
 
     def at(self, timestep: int) -> float:
         """Return the count at a timestep of the recording, from 1; infinite without bias correction."""
         if not self.corrects:
             return float("inf")
-        count = timestep + self.first - 1
+        count = self.number(timestep) + self.first - 1
         return float(count if self.limit is None else min(count, self.limit))
+
+    def number(self, timestep: int) -> int:
+        """Return the number of a recorded step among all, from 1."""
+        return self.numbers[timestep - 1] if self.numbers else timestep
 
     def describe(self) -> str:
         """Say it in words."""

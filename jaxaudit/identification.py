@@ -153,10 +153,13 @@ class Identifier:
     def _or_with_unrecorded(self, finding: Finding) -> list[Finding]:
         """Return what fits of a name with an option of which the recording lacks the tensor, else the finding.
 
-        Run from the start, such a tensor can be looked at for a while only, in which much may fit by chance.
+        Run from the start, such a tensor can be looked at for a while only, in which much may fit by chance. Where it
+        cannot be run, its stage cannot be looked at, and what is left fits without saying anything.
         """
+        stages = {*self._bench.stages(finding.candidate)}
         found = self.best(finding.candidate.arithmetic.name, unrecorded=True)
-        return found if found[0].fits else [finding]
+        fitting = [f for f in found if f.fits and stages <= {*self._bench.stages(f.candidate)}]
+        return fitting or [finding]
 
     def known(self, known: Sequence[Known]) -> list[Finding]:
         """Return those of some known arithmetics that fit, and the usual assumption; nothing where none fits."""
@@ -364,9 +367,7 @@ class Identifier:
             yield dataclasses.replace(candidate, given=changed)
         if not self._bench.hidden(candidate):
             for count in _fitting_counts(candidate, probe, self._bench):
-                yield dataclasses.replace(
-                    candidate, given=dataclasses.replace(given, count=StepCount(first=count))
-                )
+                yield dataclasses.replace(candidate, given=_counted_from(given, count))
 
 
 def identify(
@@ -613,6 +614,7 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
     and recorded weights grows to either side of the right count, so the search narrows down to it.
     """
     timestep, step = probe.timesteps[0], bench.step(candidate)
+    number = candidate.given.count.number(timestep)
     part = slice(0, _SOUGHT)
     x = {name: v[:1, part] for name, v in probe.inputs(candidate, "param").items()}
     x["tail"] = probe.tail(candidate, step)[part]
@@ -638,11 +640,11 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
         counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
     some = {*counts.tolist(), *range(low, min(high, low + 64) + 1)}
     for unit in (10_000, 1000, 100, 10):  # a run is resumed after a round number of steps
-        before = range(-(-(low - timestep) // unit) * unit, high, unit)
-        some |= {count + timestep for count in before[:64]}
+        before = range(-(-(low - number) // unit) * unit, high, unit)
+        some |= {count + number for count in before[:64]}
     order = sorted(
-        {c for c in some if low <= c <= high and c >= timestep},
-        key=lambda c: _roundness(c - timestep),
+        {c for c in some if low <= c <= high and c >= number},
+        key=lambda c: _roundness(c - number),
     )
     differ = np.ones(len(order), bool)
     for nudge in candidate.arithmetic.nudges(candidate.given):
@@ -651,11 +653,17 @@ def _fitting_counts(candidate: Candidate, probe: Probe, bench: Workbench) -> lis
             differ &= floats.differ(got.view(np.uint32), wanted.view(np.uint32)).any(axis=1)
     # Of counts with the same scalars at every timestep, the roundest stands for all.
     found: dict[bytes, int] = {}
-    for first in (c - timestep + 1 for c, wrong in zip(order, differ, strict=True) if not wrong):
-        given = dataclasses.replace(candidate.given, count=StepCount(first=first))
+    for first in (c - number + 1 for c, wrong in zip(order, differ, strict=True) if not wrong):
+        given = _counted_from(candidate.given, first)
         scalars = probe.scalars(dataclasses.replace(candidate, given=given))
         found.setdefault(b"".join(scalars[name].tobytes() for name in sorted(scalars)), first)
     return list(found.values())[:32]
+
+
+def _counted_from(given: Hyperparameters, first: int) -> Hyperparameters:
+    """Let the step counts begin at another one, without a limit."""
+    count = StepCount(first=first, numbers=given.count.numbers)
+    return dataclasses.replace(given, count=count)
 
 
 def _roundness(before: int) -> tuple[int, int]:
@@ -707,7 +715,7 @@ def _separating(
             t, i = np.argwhere(differ)[0]
             inputs = ", ".join(f"{name} {mixed[name][t, i]:.9g}" for name in reads)
             return (
-                f"{stage} at timestep {probe.timesteps[t]} of an element with {inputs}: "
+                f"{stage} at timestep {bench.recording.number_of(probe.timesteps[t])} of an element with {inputs}: "
                 f"{found[t, i]:.9g} under {a.arithmetic.name}, {wanted[t, i]:.9g} under {b.arithmetic.name}"
             )
     return None

@@ -1,6 +1,7 @@
 """A recorded training run, and the groups of tokens to count it by."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaudit.byte_files import Closing
 from jaxaudit.floats import FORMATS, Format
+from jaxaudit.gaps import Gaps, find
 from jaxaudit.hyperparameters import Hyperparameters, StepCount, double_of_float32
 from jaxaudit.safetensors_file import FileError, SafetensorsFile, aligned, prefetched, short
 from jaxaudit.sources.hdf5 import Hdf5Source
@@ -71,7 +74,7 @@ class Window:
         return self.rows[0] + self.overlap, self.rows[1]
 
 
-class Recording:
+class Recording(Closing):
     """A recorded run, opened without loading; a context manager.
 
     Args:
@@ -91,7 +94,11 @@ class Recording:
         first_step: count of the first recorded step in the bias corrections.
         timesteps: number of each recorded state in the training run, int64 (T+1,). It is 0..T unless the run was
             recorded late, or the parameter was left out of some steps (metadata `skipped_steps`): those are no
-            steps of its optimizer and are not in the recording.
+            steps of its optimizer and are not in the recording. Of a recording with gaps, that of the state before
+            the first recorded step, and of the states after each.
+        gaps: which steps were recorded, where the recorder left some out (`every=`), each with the state before it;
+            None where there are no gaps. Steps are counted as recorded, 1..T; `number_of` says which of the run's
+            they are.
         runs: for a series of checkpoints with gaps, the first and last number of each run of consecutive steps,
             of which this recording is one (`open_recording(path, run=k)`); else empty.
 
@@ -112,9 +119,13 @@ class Recording:
         self.path, self.metadata = self._source.path, dict(self._source.metadata)
         shape = self._shape()
         self._entries = shape[0]
-        self._kept = self._kept_entries()
+        self.first_step = self.number("first_step") or 1
+        self.gaps: Gaps | None = find(self.path, self.metadata, shape[0], self.first_step)
+        self._kept = self.gaps.states if self.gaps else self._kept_entries()
         self.timesteps = np.arange(shape[0]) if found.timesteps is None else found.timesteps
-        if self._kept is not None:
+        if self.gaps:
+            self.timesteps = self.gaps.timesteps
+        elif self._kept is not None:
             self.timesteps = self.timesteps[self._kept]
         self.steps, self.tokens, self.row_shape = self.timesteps.size - 1, shape[1], shape[2:]
         self.width = math.prod(self.row_shape)
@@ -122,14 +133,7 @@ class Recording:
         self._check_num_steps()
         self._check_skipped()
         self.losses = self._losses()
-        self.first_step = self._first_step()
         self.hyperparameters = self._hyperparameters()
-
-    def __enter__(self) -> "Recording":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""
@@ -139,6 +143,17 @@ class Recording:
     def storage(self) -> Format:
         """Format of the parameter."""
         return self.formats["param"]
+
+    @property
+    def longest_run(self) -> int:
+        """Most recorded steps that follow on one another."""
+        if self.gaps is None:
+            return self.steps
+        return int(np.diff([1, *self.gaps.resumed, self.steps + 1]).max())
+
+    def number_of(self, step: int) -> int:
+        """Return the number in the run of a recorded step, 1..T; it is the same where there are no gaps."""
+        return step if self.gaps is None else int(self.gaps.numbers[step - 1])
 
     @property
     def step_elements(self) -> int:
@@ -191,7 +206,17 @@ class Recording:
             "counterfactual",
         )
         found = {name: found.get(name, "yes") for name in names}
-        return {**found, "lattice": "yes", "tokens": "yes"}
+        found |= {"lattice": "yes", "tokens": "yes"}
+        return found if self.gaps is None else self._covered_between_gaps(found, self.gaps)
+
+    def _covered_between_gaps(self, found: Mapping[str, str], gaps: Gaps) -> dict[str, str]:
+        """Take from what a recording's tensors allow what the missing steps do not."""
+        said = f"yes, at the recorded steps ({gaps.text()})"
+        without = {name: said if why == "yes" else why for name, why in found.items()}
+        for name in ("free_run", "counterfactual"):  # they run on from step to step
+            if found[name] == "yes":
+                without[name] = f"no: {gaps.text()}, and nothing is run across a gap"
+        return without
 
     def _lack(self, needed: set[str]) -> str:
         """Name the tensors of those needed that are not recorded, by their keys; nothing if none."""
@@ -250,7 +275,8 @@ class Recording:
         """
         shape = (states[1] - states[0], rows[1] - rows[0], self.width)
         out = aligned(shape, self.formats[name].pattern_dtype)
-        self._read_entries(name, states, rows, out)
+        wanted = states if self._kept is None else self._kept[slice(*states)]
+        self._read_entries(name, wanted, rows, out)
         return out
 
     def windows(
@@ -277,9 +303,8 @@ class Recording:
         ranges = list(ranges or (((row, min(row + rows, self.tokens)), 0) for row in starts))
         rings = [self._buffers(length, rows, names) for _ in range(held + 1)]
         jobs = []
-        for first in range(steps[0], steps[1], length):
+        for first, count in self._cuts(steps, length):
             for part, overlap in ranges:
-                count = min(length, steps[1] - first)
                 ring = rings[len(jobs) % len(rings)]
                 jobs.append(
                     lambda f=first, c=count, s=part, r=ring, o=overlap: self._read(f, c, s, r, o)
@@ -287,9 +312,20 @@ class Recording:
         with prefetched(jobs) as ready:
             yield from ready
 
-    def at(self, timestep: int, rows: tuple[int, int]) -> Window:
+    def _cuts(self, steps: tuple[int, int], length: int) -> Iterator[tuple[int, int]]:
+        """Cut a range of steps into windows: the first step of each, and how many. None reaches across a gap."""
+        resumed = [] if self.gaps is None else self.gaps.resumed.tolist()
+        inner = [step for step in resumed if steps[0] < step < steps[1]]
+        for start, stop in itertools.pairwise([steps[0], *inner, steps[1]]):
+            for first in range(start, stop, length):
+                yield first, min(length, stop - first)
+
+    def at(
+        self, timestep: int, rows: tuple[int, int], names: tuple[str, ...] | None = None
+    ) -> Window:
         """Read one timestep of a range of rows, into memory of its own; as `windows` does."""
-        buffers = self._buffers(1, rows[1] - rows[0], tuple(self.formats))
+        names = tuple(self.formats) if names is None else names
+        buffers = self._buffers(1, rows[1] - rows[0], names)
         return self._read(timestep, 1, rows, buffers)
 
     def group_tensors(self) -> Source | None:
@@ -319,23 +355,38 @@ class Recording:
         tensors = {}
         for name, buffer in ring.items():
             start = first if name == "grad" else first - 1
+            entries = self._entries_between(start, first + count, first)
             part = buffer[:, : rows[1] - rows[0]]
             if part.shape != buffer.shape:  # the last rows: a window of its own size
                 part = aligned(part.shape, part.dtype)
-            self._read_entries(name, (start, first + count), rows, part[: first + count - start])
+            self._read_entries(name, entries, rows, part[: first + count - start])
             part[first + count - start :] = 0
             tensors[name] = part
         return Window(first, count, rows, tensors, overlap)
 
-    def _read_entries(
-        self, name: str, entries: tuple[int, int], rows: tuple[int, int], out: NDArray[Any]
-    ) -> None:
-        """Read recorded states, of which the source may hold more than are steps of the optimizer."""
-        key = TENSOR_KEYS[name]
+    def _entries_between(
+        self, start: int, stop: int, first: int
+    ) -> tuple[int, int] | NDArray[np.int64]:
+        """Return the source's entries of some states, one of which may be that before step `first`."""
         if self._kept is None:
-            self._source.read_rows(key, entries, rows, out)
+            return start, stop
+        wanted = self._kept[start:stop]
+        if self.gaps is not None and start < first:
+            wanted = np.append(self.gaps.before[first - 1], wanted[1:])
+        return wanted
+
+    def _read_entries(
+        self,
+        name: str,
+        wanted: tuple[int, int] | NDArray[np.int64],
+        rows: tuple[int, int],
+        out: NDArray[Any],
+    ) -> None:
+        """Read entries of the source: a range, or those of which it holds more than are steps of the optimizer."""
+        key = TENSOR_KEYS[name]
+        if isinstance(wanted, tuple):
+            self._source.read_rows(key, wanted, rows, out)
             return
-        wanted = self._kept[slice(*entries)]
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         for part in np.split(np.arange(wanted.size), cuts):
             first, last = int(wanted[part[0]]), int(wanted[part[-1]])
@@ -365,7 +416,7 @@ class Recording:
 
     def _check_skipped(self) -> None:
         """Raise unless skipped steps at the end left the weights as they were; those within are seen by the replay."""
-        if self._kept is None or self._kept[-1] == self._entries - 1:
+        if self.gaps or self._kept is None or self._kept[-1] == self._entries - 1:
             return
         rows = max(1, (1 << 22) // self.width)
         for row in range(0, self.tokens, rows):
@@ -457,7 +508,7 @@ class Recording:
         origin: dict[str, str] = {}
         for name, key in _SCALAR_KEYS.items():
             if name in stated:
-                values[name] = _as_doubles(self.path, name, stated[name])
+                values[name] = _as_doubles(self.path, name, self._without_blanks(stated[name]))
                 origin[name] = "metadata `hyperparameters`"
             elif key in self._source.tensors:
                 values[name], origin[name] = self._stored_scalar(name, key)
@@ -472,7 +523,10 @@ class Recording:
         self._check_hyperparameters(values)
         return Hyperparameters(
             learning_rate=self._per_step(values.pop("learning_rate")),
-            count=StepCount(first=self.first_step),
+            count=StepCount(
+                first=self.first_step,
+                numbers=tuple(self.gaps.numbers.tolist()) if self.gaps else (),
+            ),
             exact_rate="float32" not in origin["learning_rate"],
             origin=origin,
             **{name: float(value[0]) for name, value in values.items()},
@@ -496,9 +550,23 @@ class Recording:
             stated = {"beta1": betas[0], "beta2": betas[1]} | stated
         return stated
 
+    def _without_blanks(self, stated: Any) -> Any:
+        """Put any number for that of an entry which no recorded step led to; it is never used."""
+        if self.gaps is None or not isinstance(stated, list) or len(stated) != self._entries:
+            return stated
+        some = stated[int(self.gaps.after[0])]
+        steps = {*self.gaps.after.tolist()}
+        return [
+            value if k in steps or value is not None else some for k, value in enumerate(stated)
+        ]
+
     def _stored_scalar(self, name: str, key: str) -> tuple[NDArray[np.float64], str]:
         lengths = (1, self._entries) if name == "learning_rate" else (1,)
         doubles = self._scalars(key, *lengths)
+        if (
+            self.gaps and doubles.size == self._entries
+        ):  # NaN where no recorded step led to the entry
+            doubles = np.where(np.isin(np.arange(doubles.size), self.gaps.after), doubles, doubles[self.gaps.after[0]])  # fmt: skip
         if self._source.tensors[key].dtype != "F32":
             return doubles, f"`{key}`"
         found = [double_of_float32(np.float32(value)) for value in doubles]
@@ -528,9 +596,6 @@ class Recording:
             f"{self.path}: learning_rate has {rates.size} values, needed 1 or {self._entries} (one per row "
             "of `W`)."
         )
-
-    def _first_step(self) -> int:
-        return self.number("first_step") or 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,8 +73,18 @@ def html(tree: Tree) -> str:
         question mark.
     """
     root = tree[""]
-    title = str(root.attrs.get("title", "jaxaudit"))
-    sections = [_verdict(tree), _figures(tree), _tables(tree), _provenance(root)]
+    sections = [_verdict(tree), _figures(tree), _tables(tree), provenance(root)]
+    return document(str(root.attrs.get("title", "jaxaudit")), _lead(root), sections)
+
+
+def document(title: str, lead: str, sections: Iterable[str]) -> str:
+    """Put a page together.
+
+    Args:
+        title: of the page, not escaped.
+        lead: HTML below the title.
+        sections: HTML of `section`; empty ones are left out.
+    """
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -84,13 +94,13 @@ def html(tree: Tree) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{_text(title)}</title>",
+            f"<title>{escaped(title)}</title>",
             f"<style>{_STYLE}</style>",
             "</head>",
             "<body>",
             "<main>",
-            f"<h1>{_text(title)}</h1>",
-            _lead(root),
+            f"<h1>{escaped(title)}</h1>",
+            lead,
             *filter(None, sections),
             "</main>",
             "</body>",
@@ -99,7 +109,7 @@ def html(tree: Tree) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Escape a value for HTML, in text and in quoted attributes."""
     return markup.escape(printable(str(value)), quote=True)
 
@@ -127,12 +137,13 @@ def _lead(root: xr.Dataset) -> str:
         )
     stored = root.attrs.get("storage_format", "")
     return (
-        f'<p>{_text(told)}</p>\n<p class="note">Timesteps {int(t[0]):,} to {int(t[-1]):,}, weights in '
-        f"{_text(stored)}; elements per timestep: {_text(groups)}.</p>"
+        f'<p>{escaped(told)}</p>\n<p class="note">Timesteps {int(t[0]):,} to {int(t[-1]):,}, weights in '
+        f"{escaped(stored)}; elements per timestep: {escaped(groups)}.</p>"
     )
 
 
-def _section(name: str, parts: Iterable[str]) -> str:
+def section(name: str, parts: Iterable[str]) -> str:
+    """Write a section with a heading; nothing where there are no parts."""
     body = "\n".join(parts)
     key = name.lower().replace(" ", "-")
     heading = f'<h2 id="{key}">{name}</h2>'
@@ -140,18 +151,23 @@ def _section(name: str, parts: Iterable[str]) -> str:
 
 
 def _verdict(tree: Tree) -> str:
+    return verdict_section((each.text, each.variables) for each in verdict.sentences(tree))
+
+
+def verdict_section(told: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Write sentences, each with the names of the variables that it was made of."""
     items = [
-        f'<li>{_text(each.text)}<br><code class="note">{_text(", ".join(each.variables))}</code></li>'
-        for each in verdict.sentences(tree)
+        f'<li>{escaped(text)}<br><code class="note">{escaped(", ".join(names))}</code></li>'
+        for text, names in told
     ]
-    return _section("Verdict", ['<ol class="verdict">', *items, "</ol>"] if items else [])
+    return section("Verdict", ['<ol class="verdict">', *items, "</ol>"] if items else [])
 
 
 # Figures.
 
 
 def _figures(tree: Tree) -> str:
-    return _section("Figures", (_image(name, figure) for name, figure in _drawn(tree)))
+    return section("Figures", (image(name, figure) for name, figure in _drawn(tree)))
 
 
 def _drawn(tree: Tree) -> Iterator[tuple[str, Figure]]:
@@ -165,7 +181,7 @@ def _drawn(tree: Tree) -> Iterator[tuple[str, Figure]]:
             yield name, draw(root.assign_coords(token_group=names))
 
 
-def _image(name: str, figure: Figure) -> str:
+def image(name: str, figure: Figure) -> str:
     """Put a figure into the page, described by its titles."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
@@ -175,7 +191,7 @@ def _image(name: str, figure: Figure) -> str:
     described = described.replace(r"\$", "$")  # matplotlib's way to write one
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<figure id="{name.removesuffix(".png")}" tabindex="0"><img alt="{_text(described)}" width="{width}" height="{height}" '
+        f'<figure id="{name.removesuffix(".png")}" tabindex="0"><img alt="{escaped(described)}" width="{width}" height="{height}" '
         f'src="data:image/png;base64,{data}"></figure>'
     )
 
@@ -185,22 +201,22 @@ def _image(name: str, figure: Figure) -> str:
 
 def _tables(tree: Tree) -> str:
     tables = [_agreement(tree[""]), _updates(tree), _moments(tree), _tokens(tree), _remedies(tree)]
-    return _section("Tables", filter(None, tables))
+    return section("Tables", filter(None, tables))
 
 
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table whose first row and column are headers."""
     first, *others = header
-    cells = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in others)
+    cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in others)
     lines = [
-        f'<div class="wide" role="region" tabindex="0" aria-label="{_text(caption)}">',
-        f"<table><caption>{_text(caption)}</caption>",
-        f'<thead><tr><th scope="col" class="first">{_text(first)}</th>{cells}</tr></thead>',
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escaped(caption)}">',
+        f"<table><caption>{escaped(caption)}</caption>",
+        f'<thead><tr><th scope="col" class="first">{escaped(first)}</th>{cells}</tr></thead>',
         "<tbody>",
     ]
     for name, *values in rows:
-        cells = "".join(f"<td>{_text(value)}</td>" for value in values)
-        lines.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
+        cells = "".join(f"<td>{escaped(value)}</td>" for value in values)
+        lines.append(f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
@@ -218,7 +234,7 @@ def _agreement(root: xr.Dataset) -> str:
         rows.append([str(name), *counts])
     elements = int(root.element_count.sel(token_group="all")) * root.sizes["timestep"]
     caption = f"Elements whose replayed bits differ from the recorded ones, of {elements:,}"
-    return _table(caption, ["arithmetic", *stages], rows)
+    return table(caption, ["arithmetic", *stages], rows)
 
 
 _UPDATE_COLUMNS = {
@@ -254,7 +270,7 @@ def _sums(dataset: xr.Dataset, caption: str, columns: Mapping[str, str]) -> str:
         [name, *(_count(dataset, variable, name) for variable in columns.values())]
         for name in group_names(dataset)
     ]
-    return _table(caption, ["tokens", *columns], rows)
+    return table(caption, ["tokens", *columns], rows)
 
 
 def _count(dataset: xr.Dataset, variable: str, group: str) -> str:
@@ -288,7 +304,7 @@ def _tokens(tree: Tree) -> str:
         never = int((onsets == 0).sum())
         rows.append([name, f"{len(onsets):,}", f"{frozen:,}{share}", f"{never:,}", median])
     header = ["tokens", "count", "frozen at the end", "never moved", "median last move"]
-    return _table("Tokens: frozen ones did not move in the last timestep", header, rows)
+    return table("Tokens: frozen ones did not move in the last timestep", header, rows)
 
 
 def _remedies(tree: Tree) -> str:
@@ -309,8 +325,8 @@ def _remedies(tree: Tree) -> str:
         "L2 distance to float32 master weights and tokens that move, at the last timestep"
     )
     note = str(counterfactual.attrs.get("gradients", ""))
-    told = f'\n<p class="note">{_text(note[:1].upper() + note[1:])}.</p>' if note else ""
-    return _table(caption, header, rows) + told
+    told = f'\n<p class="note">{escaped(note[:1].upper() + note[1:])}.</p>' if note else ""
+    return table(caption, header, rows) + told
 
 
 def _remedy(tree: Tree, remedy: str, group: str) -> list[str]:
@@ -333,27 +349,28 @@ def _remedy(tree: Tree, remedy: str, group: str) -> list[str]:
 # Provenance.
 
 
-def _provenance(root: xr.Dataset) -> str:
+def provenance(root: xr.Dataset) -> str:
+    """Write the section of a dataset's attributes."""
     rows = [
-        f'<tr><th scope="row">{_text(name)}</th><td>{_value(name, value)}</td></tr>'
+        f'<tr><th scope="row">{escaped(name)}</th><td>{_value(name, value)}</td></tr>'
         for name, value in root.attrs.items()
         if name != "verdict"
     ]
-    table = [
+    lines = [
         '<table class="facts"><caption>How this was made: the attributes of the dataset</caption><tbody>',
         *rows,
         "</tbody></table>",
     ]
-    return _section("Provenance", table)
+    return section("Provenance", lines)
 
 
 def _value(name: str, value: Any) -> str:
     """Write an attribute; JSON with its structure, folded up where it is long."""
     text = _unfolded(str(value))
     if "\n" not in text and len(text) <= _LONG:
-        return _text(text)
-    body = "\n".join(_text(line) for line in text.splitlines())
-    return f"<details><summary>{_text(name)}</summary><pre>{body}</pre></details>"
+        return escaped(text)
+    body = "\n".join(escaped(line) for line in text.splitlines())
+    return f"<details><summary>{escaped(name)}</summary><pre>{body}</pre></details>"
 
 
 def _unfolded(text: str) -> str:

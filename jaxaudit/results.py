@@ -93,6 +93,15 @@ COORDINATES = {
     "divergence_field": Field(
         ("divergence_field",), "str", "1", "what is told of the first difference"
     ),
+    "compared_timestep": Field(
+        ("compared_timestep",), "int64", "1", "optimizer step of a parameter, by its own step count"
+    ),
+    "compared_tensor": Field(
+        ("compared_tensor",),
+        "str",
+        "1",
+        "recorded tensor, in the order in which a step computes them",
+    ),
     "variable": Field(("variable",), "str", "1", "variable of an audit's file, as group/variable"),
     "parameter": Field(("parameter",), "str", "1", "parameter of the model"),
     "run_timestep": Field(

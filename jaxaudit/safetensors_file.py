@@ -20,6 +20,7 @@ from jaxaudit.byte_files import (
     DTYPES,
     READERS,
     ByteFile,
+    Closing,
     FileError,
     Stored,
     block_spans,
@@ -50,7 +51,7 @@ class Tensor(Stored):
     offset: int
 
 
-class SafetensorsFile:
+class SafetensorsFile(Closing):
     """A safetensors file whose header has been read and checked; a context manager.
 
     Attributes:
@@ -65,7 +66,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._bytes = ByteFile(path)
+        self._bytes, self._pool = ByteFile(path), ThreadPoolExecutor(READERS)
         self.path, self.size = self._bytes.path, self._bytes.size
         self.identity = self._bytes.identity
         try:
@@ -76,18 +77,10 @@ class SafetensorsFile:
         except BaseException:
             self.close()
             raise
-        self._pool = ThreadPoolExecutor(READERS)
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; reading from it afterwards fails."""
-        if hasattr(self, "_pool"):
-            self._pool.shutdown()
+        self._pool.shutdown()
         self._bytes.close()
 
     def read(self, name: str) -> NDArray[Any]:

@@ -97,6 +97,7 @@ class Workbench:
         rows = self.strips[0].rows
         elements = (rows[1] - rows[0]) * recording.width
         self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
+        self.length = min(self.length, recording.longest_run)
         self.comparison = Comparison(device, recording.width)
         shape = (self.length, elements)
         self.replayer = Replayer(self.placement, recording.formats, shape)
@@ -208,6 +209,7 @@ class Workbench:
     def _can_run(self, step: Step, missing: set[str]) -> bool:
         """Tell whether tensors that were not recorded can be had by running freely from the start."""
         fresh = self.recording.first_step == 1 and "grad" in self.recording.formats
+        fresh &= self.recording.gaps is None
         return not missing or (fresh and missing <= {*step.state})
 
     @property
@@ -615,15 +617,24 @@ def _shown_format(recording: Recording, name: str, steps: tuple[int, int]) -> Fo
 
 
 def check_steps(recording: Recording, steps: tuple[int, int] | None) -> tuple[int, int]:
-    """Return a range of steps, checked against the recording.
+    """Return a range of steps as the recording counts them, checked against it.
+
+    Args:
+        recording: which.
+        steps: range of steps; of a recording with gaps, as numbers of the run's steps.
 
     Raises:
         ValueError: the range is empty or outside.
     """
-    start, stop = steps or (1, recording.steps + 1)
-    if not 1 <= start < stop <= recording.steps + 1:
+    end = recording.number_of(recording.steps) + 1
+    start, stop = steps or (1, end)
+    if not 1 <= start < stop <= end:
         raise ValueError(
-            f"steps {start}:{stop} are outside the recording, which holds 1:{recording.steps + 1} (the end "
-            "not included)."
+            f"steps {start}:{stop} are outside the recording, which holds 1:{end} (the end not included)."
         )
-    return start, stop
+    if recording.gaps is None:
+        return start, stop
+    first, last = np.searchsorted(recording.gaps.numbers, (start, stop)).tolist()
+    if first == last:
+        raise ValueError(f"steps {start}:{stop}: none of them was recorded.")
+    return first + 1, last + 1

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from test_report import Page, cells
 
 import jaxaudit
 from jaxaudit import auditing, identification, results
 from jaxaudit.ledger.subject import LedgerOptions
-from jaxaudit.models import account, figures, variables
+from jaxaudit.models import account, figures, page, variables
 from jaxaudit.models.audits import ModelAudit, selected
 from jaxaudit.recording import TokenGroups
 from jaxaudit.safetensors_file import FileError
@@ -256,6 +257,8 @@ def test_the_file_holds_what_the_library_returns(command, folder, found, tmp_pat
         folder,
         "--plots",
         "figures",
+        "--report",
+        "page.html",
         "--counterfactual-beta2",
         "",
         "--parameters",
@@ -263,6 +266,10 @@ def test_the_file_holds_what_the_library_returns(command, folder, found, tmp_pat
     )
     assert status == 0, err
     path = tmp_path / "results" / "model.nc"
+    told = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert told.words("main", "h1") == ["jaxaudit of the model recording model"]
+    rows = told.words("tbody", "tr", "th")[2:6]
+    assert rows[0] == DAMAGED and rows[-1] == IDLE and {*rows} == {*some}
     assert sorted(os.listdir(tmp_path / "results")) == ["model.nc"]
     with xr.open_datatree(path) as tree:
         for name in some:
@@ -414,7 +421,7 @@ def test_expectation(command, folder):
         (2, "--parameters chooses several", ["--parameters", "a"]),
         (2, "Leave --parameter out", ["MODEL", "--parameters", "a", "--parameter", "0.bias"]),
         (2, "--csv is for one parameter", ["MODEL", "--csv", "a.csv"]),
-        (2, "--report is for one parameter", ["MODEL", "--report", "a.html"]),
+        (2, "a.html would be written twice", ["MODEL", "--report", "a.html", "--output", "a.html"]),
         (2, "--steps: steps 1:99 are outside", ["MODEL", "--steps", "1:99"]),
         (2, "is what this command reads", ["MODEL", "--output", "FILE", "--overwrite"]),
         (3, "no parameter 'absent'", ["MODEL", "--parameter", "absent"]),
@@ -536,6 +543,43 @@ def test_one_parameter_of_a_series_of_checkpoints(command, tmp_path):
 
 
 # --- text and figures of large models ---
+
+
+def test_page(overview):
+    text = page.html(overview, ["A note."])
+    found = Page(text)
+    assert not {tag for tag, _, _ in found.tags} & {"script", "iframe", "object", "form", "a"}
+    assert all(each["src"].startswith("data:image/png") for each in found.all("img"))
+    assert found.words("section", "h2") == ["Verdict", "Figures", "Tables", "Provenance"]
+    assert found.words("main", "p")[:2] == [
+        f"{LIVE - 1} of {LIVE} audited parameters replay bit for bit.",
+        "A note.",
+    ]
+    assert found.words("ol", "li") == [
+        each["sentence"] for each in json.loads(overview.attrs["verdict"])
+    ]
+    groups, rows = found.words("tbody", "tr", "th")[:2], found.words("tbody", "tr", "th")[2:]
+    assert groups == ["0", "1"] and rows[0] == DAMAGED and {*rows[:COUNT]} == {*SHAPES}
+    (row,) = cells(found, DAMAGED)
+    one = overview.sel(parameter=DAMAGED)
+    assert row[:3] == ["0", "12x64", str(one.arithmetic.values)]
+    assert row[3:7] == ["0", "0", "1", str(STEPS)]
+    (row,) = cells(found, IDLE)
+    assert row[2] == "no step" and row[3:6] == ["not audited"] * 3
+    assert len(found.all("figure")) == 1 and "mismatches" in found.all("img")[0]["alt"]
+
+
+def test_page_of_many_parameters_and_of_hostile_ones(overview):
+    found = Page(page.html(many(overview, page.MOST + 7)))
+    assert any(text.startswith("and 7 more: ") for text, _ in found.texts)
+    evil = '<script>alert(1)</script>" onload="x\u202e\udcff'
+    names = [f"{evil}{k}" for k in range(COUNT)]
+    text = page.html(
+        overview.assign_coords(parameter=names).assign_attrs(title=evil, source=evil), [evil]
+    )
+    found = Page(text)
+    assert "<script" not in text and "onload" not in {k for _, each, _ in found.tags for k in each}
+    assert "\u202e" not in text and "\udcff" not in text
 
 
 def many(overview: xr.Dataset, count: int) -> xr.Dataset:

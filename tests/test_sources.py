@@ -240,8 +240,6 @@ def test_index_that_leads_elsewhere(tmp_path, run):
         assert "plain name" in named(name)
     for name in (3, None, ["a"]):
         assert "no file name for `W`" in named(name)
-    (index.parent / "link.safetensors").symlink_to(outside)
-    assert "leads outside its folder" in named("link.safetensors")
     (index.parent / "loop.safetensors").symlink_to("loop.safetensors")
     assert "cannot be opened" in named("loop.safetensors")
     os.mkfifo(index.parent / "pipe.safetensors")

@@ -2,10 +2,12 @@
 
     jaxaudit compare loop.safetensors fused.safetensors --plots figures
     jaxaudit compare bfloat16.nc float32-master.nc
+    jaxaudit compare run-folder other-folder --parameters 'attn.*weight'
 
 Recordings are laid upon each other by timestep and token; tensors of one format are compared bit for bit, of different
-formats by their exact values. Of NetCDF files, such as two audits, every variable is compared. The result is a NetCDF
-file for xarray.open_dataset; a summary goes to stdout, progress and notices go to stderr.
+formats by their exact values. Of the folders of two whole models, parameters of one name are; of NetCDF files, such as
+two audits, every variable is compared. The result is a NetCDF file for xarray.open_dataset; a summary goes to stdout,
+progress and notices go to stderr.
 
 Exit status: 0 the comparison ran, whatever differs; 1 --expect was not met; 2 wrong usage, or an output that cannot
 be written; 3 input missing, unreadable, incomplete or inconsistent; 130 interrupted.
@@ -23,8 +25,11 @@ _NAME = "jaxaudit compare"
 def parser(program: str = _NAME) -> argparse.ArgumentParser:
     """Describe the command line of a program of this name."""
     p = described_parser(program, __doc__ or "", _NAME)
-    p.add_argument("a", metavar="A", nargs="?", help="a recording, or a NetCDF file")
+    p.add_argument(
+        "a", metavar="A", nargs="?", help="a recording, the folder of a model, or a NetCDF file"
+    )
     p.add_argument("b", metavar="B", nargs="?", help="another of the same kind")
+    p.add_argument("--parameters", metavar="REGEX", help="of whole models, those it is found in")
     p.add_argument(
         "--token-groups", metavar="FILE", help="sets of tokens to count by (default: those in A)"
     )

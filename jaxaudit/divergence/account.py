@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,11 @@ NAMES = {
 }
 
 _MOST = 8  # things that are listed in one sentence
+
+#: Lines of parameters in the text of two models.
+LINES = 40
+
+_NAME = 48  # characters of a parameter's name
 
 
 def identical(dataset: xr.Dataset) -> bool:
@@ -259,8 +264,10 @@ def _held_differently(dataset: xr.Dataset) -> list[str]:
     first, last = int(dataset.timestep[0]), int(dataset.timestep[-1])
     held = [attributes[f"timesteps_{run}"] for run in RUNS]
     if held[0] != held[1]:
+        count = dataset.sizes["timestep"]
+        some = f" ({count:,} of them)" if count < last + 1 - first else ""
         lines.append(
-            f"a holds the timesteps {held[0]}, b {held[1]} (ends not included); {first}:{last + 1} are compared."
+            f"a holds the timesteps {held[0]}, b {held[1]} (ends not included); {first}:{last + 1}{some} are compared."
         )
     if run := attributes["rows_assumed_of"]:
         lines.append(
@@ -276,13 +283,61 @@ def _held_differently(dataset: xr.Dataset) -> list[str]:
 
 
 def _claims(dataset: xr.Dataset) -> list[str]:
-    found = json.loads(dataset.attrs["differing_claims"])
+    return claim_sentences(json.loads(dataset.attrs["differing_claims"]))
+
+
+def claim_sentences(found: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Say what two runs say differently of themselves."""
     shown = [
         f"{short(name)} {_said(a)} in a, {_said(b)} in b"
         for name, (a, b) in [*found.items()][:_MOST]
     ]
     more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
     return [f"They say of themselves: {'; '.join(shown)}{more}."] if shown else []
+
+
+# What comparisons of models have in common.
+
+
+def named(name: str) -> str:
+    """Show a parameter's name."""
+    text = printable(name)
+    return text if len(text) <= _NAME else text[: _NAME - 3] + "..."
+
+
+def share(value: float) -> str:
+    """Write a ratio as a percentage, which may be above 100; "-" for none."""
+    if not math.isfinite(value):
+        return "-"
+    return percent(value, 1.0) if value <= 1 else f"{number(100 * value)} %"
+
+
+def only_sentences(overview: xr.Dataset) -> list[str]:
+    """Name the parameters that only one of two models holds."""
+    lines = []
+    for run in RUNS:
+        names = json.loads(overview.attrs[f"only_in_{run}"])
+        if names:
+            shown = ", ".join(named(name) for name in names[:_MOST])
+            more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+            verb = "is" if len(names) == 1 else "are"
+            lines.append(f"Only {run} holds {shown}{more}, which {verb} not compared.")
+    return lines
+
+
+def page(
+    overview: xr.Dataset, rows: Sequence[Sequence[str]], left_out: int, sentences: Sequence[str]
+) -> str:
+    """Put the text of two models together: what was compared, a table with its head, and sentences."""
+    lines = [
+        f"a           {printable(overview.attrs['source_a'])}",
+        f"b           {printable(overview.attrs['source_b'])}",
+        f"Parameters  {overview.sizes['parameter']:,} that both hold",
+        "",
+        *map(printable, _aligned(rows)),
+    ]
+    lines += [f"and {left_out:,} more"] if left_out else []
+    return "\n".join([*lines, "", *map(printable, sentences)])
 
 
 def _compared_lines(dataset: xr.Dataset) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +39,12 @@ class Pair(NamedTuple):
 
     Attributes:
         block: which tokens.
-        timesteps: range of timesteps.
+        places: range of the common timesteps, as places among them.
         tensors: for each tensor the patterns of both, of shape (timesteps, tokens, width).
     """
 
     block: Block
-    timesteps: tuple[int, int]
+    places: tuple[int, int]
     tensors: Mapping[str, tuple[Patterns, Patterns]]
 
 
@@ -53,12 +53,14 @@ class Alignment:
     """What two recordings have in common.
 
     Timesteps are those of the optimizer: a recording whose metadata say that it begins at `first_step` is laid
-    beside the same timesteps of the other.
+    beside the same timesteps of the other. Where one of both has gaps, the timesteps that both recorded are compared.
 
     Attributes:
         recordings: both.
         start: the common timestep whose state displacements are counted from; 0 is the initial state.
-        timesteps: range of timesteps that are compared.
+        start_steps: step of either recording, as it counts them, that begins in that state.
+        timesteps: those that are compared, ascending.
+        steps: which step each is in either recording, as it counts them.
         tokens: numbers of the common tokens within the whole parameter, ascending.
         parameter_tokens: how many tokens the whole parameter has.
         rows: each common token's row in either recording.
@@ -69,7 +71,9 @@ class Alignment:
 
     recordings: tuple[Recording, Recording]
     start: int
-    timesteps: tuple[int, int]
+    start_steps: tuple[int, int]
+    timesteps: NDArray[np.int64]
+    steps: tuple[NDArray[np.int64], NDArray[np.int64]]
     tokens: NDArray[np.int64]
     parameter_tokens: int
     rows: tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -84,7 +88,7 @@ class Alignment:
     @property
     def bytes(self) -> int:
         """Bytes that are compared, of both recordings."""
-        count = (self.timesteps[1] - self.timesteps[0]) * len(self.tokens) * self.width
+        count = len(self.timesteps) * len(self.tokens) * self.width
         return count * sum(r.formats[name].bytes for r in self.recordings for name in self.tensors)
 
     def only_in(self, which: int) -> list[str]:
@@ -121,35 +125,62 @@ class Alignment:
         Args:
             length: timesteps of a window, where one block holds all tokens; otherwise it is 1.
         """
-        blocks, (start, stop) = self.blocks(), self.timesteps
+        blocks = self.blocks()
         elements = max(b - a for block in blocks for a, b in block.spans) * self.width
         usual = max(1, BLOCK_ELEMENTS // elements)
         length = (length or usual) if len(blocks) == 1 else 1
         jobs = [
             functools.partial(self.read, block, (first, min(first + length, stop)))
+            for start, stop in self._stretches()
             for first in range(start, stop, length)
             for block in blocks
         ]
         with prefetched(jobs) as ready:
             yield from ready
 
-    def read(
-        self, block: Block, timesteps: tuple[int, int], names: tuple[str, ...] | None = None
-    ) -> Pair:
-        """Read a range of timesteps of a block; at `start` gradients mean nothing."""
-        tensors = {name: self._read(name, block, timesteps) for name in names or self.tensors}
-        return Pair(block, timesteps, tensors)
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Cut the places where a recording holds steps in between."""
+        jumps = np.any([np.diff(steps) != 1 for steps in self.steps], axis=0)
+        cuts = [0, *(np.flatnonzero(jumps) + 1).tolist(), len(self.timesteps)]
+        return list(itertools.pairwise(cuts))
 
-    def _read(
-        self, name: str, block: Block, timesteps: tuple[int, int]
-    ) -> tuple[Patterns, Patterns]:
-        found = []
-        for recording, span, rows in zip(self.recordings, block.spans, block.rows, strict=True):
-            before = recording.first_step - 1
-            states = timesteps[0] - before, timesteps[1] - before
-            whole = recording.patterns(name, states, span)
-            found.append(whole if rows is None else np.ascontiguousarray(whole[:, rows]))
-        return found[0], found[1]
+    def read(
+        self, block: Block, places: tuple[int, int], names: tuple[str, ...] | None = None
+    ) -> Pair:
+        """Read the states after a range of timesteps of a block, which follow on one another in both recordings."""
+        spans = [(int(s[places[0]]), int(s[places[1] - 1]) + 1) for s in self.steps]
+        read = [recording.patterns for recording in self.recordings]
+        tensors = {
+            name: self._of_block(
+                block,
+                [
+                    r(name, *x)
+                    for r, x in zip(read, zip(spans, block.spans, strict=True), strict=True)
+                ],
+            )
+            for name in names or self.tensors
+        }
+        return Pair(block, places, tensors)
+
+    def read_before(self, block: Block, steps: Sequence[int], names: tuple[str, ...]) -> Pair:
+        """Read the states before a step of either recording, as they count them."""
+        windows = [
+            recording.at(int(step), span, names)
+            for recording, step, span in zip(self.recordings, steps, block.spans, strict=True)
+        ]
+        tensors = {
+            name: self._of_block(block, [window.tensors[name][:1] for window in windows])
+            for name in names
+        }
+        return Pair(block, (-1, 0), tensors)
+
+    def _of_block(self, block: Block, found: Sequence[Patterns]) -> tuple[Patterns, Patterns]:
+        """Choose the rows of a block from those read."""
+        one, other = (
+            whole if rows is None else np.ascontiguousarray(whole[:, rows])
+            for whole, rows in zip(found, block.rows, strict=True)
+        )
+        return one, other
 
 
 def _within(rows: NDArray[np.int64], most: int) -> int:
@@ -188,11 +219,14 @@ def align(
             f"{a.path} and {b.path} hold different tokens of the parameter (metadata `rows`), and none in common. "
             "Record some of the same rows."
         )
-    start, stop = _common_timesteps(a, b)
+    common, steps_a, steps_b = _common_timesteps(a, b)
+    chosen = _chosen(steps, common)
     return Alignment(
         recordings=(a, b),
-        start=start - 1,
-        timesteps=_checked(steps, start, stop),
+        start=int(common[0]) - 1,
+        start_steps=(int(steps_a[0]), int(steps_b[0])),
+        timesteps=common[chosen],
+        steps=(steps_a[chosen], steps_b[chosen]),
         tokens=tokens,
         parameter_tokens=whole_a,
         rows=(rows_a, rows_b),
@@ -209,23 +243,47 @@ def _other_shapes(a: Recording, b: Recording) -> str:
     )
 
 
-def _common_timesteps(a: Recording, b: Recording) -> tuple[int, int]:
-    start = max(a.first_step, b.first_step)
-    stop = min(a.first_step + a.steps, b.first_step + b.steps)
-    if start >= stop:
-        held = " and ".join(f"{r.first_step}:{r.first_step + r.steps} ({r.path})" for r in (a, b))
-        raise FileError(f"no timestep in common: {held}. Give recordings of the same timesteps.")
-    return start, stop
+def timesteps_of(recording: Recording) -> NDArray[np.int64]:
+    """Return the optimizer's count of each step of a recording."""
+    numbers = np.arange(1, recording.steps + 1)
+    if recording.gaps is not None:
+        numbers = recording.gaps.numbers
+    return numbers + (recording.first_step - 1)
 
 
-def _checked(steps: tuple[int | None, int | None] | None, start: int, stop: int) -> tuple[int, int]:
+def held(recording: Recording) -> str:
+    """Say which timesteps a recording holds, as a range without its end."""
+    own = timesteps_of(recording)
+    gaps = f" ({len(own):,} of them)" if recording.gaps is not None else ""
+    return f"{own[0]}:{own[-1] + 1}{gaps}"
+
+
+def _common_timesteps(
+    a: Recording, b: Recording
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the common timesteps, and which step each is in either recording, from 1."""
+    common, *places = np.intersect1d(
+        timesteps_of(a), timesteps_of(b), assume_unique=True, return_indices=True
+    )
+    if not common.size:
+        both = " and ".join(f"{held(r)} ({r.path})" for r in (a, b))
+        raise FileError(f"no timestep in common: {both}. Give recordings of the same timesteps.")
+    return common, places[0] + 1, places[1] + 1
+
+
+def _chosen(steps: tuple[int | None, int | None] | None, common: NDArray[np.int64]) -> slice:
+    """Return the places of a range of timesteps among the common ones."""
+    start, stop = int(common[0]), int(common[-1]) + 1
     first, end = steps or (None, None)
     first, end = start if first is None else first, stop if end is None else end
     if not start <= first < end <= stop:
         raise ValueError(
             f"steps {first}:{end} are outside what both recordings hold, {start}:{stop} (the end not included)."
         )
-    return first, end
+    begin, past = np.searchsorted(common, (first, end)).tolist()
+    if begin == past:
+        raise ValueError(f"steps {first}:{end}: none of them is in both recordings.")
+    return slice(begin, past)
 
 
 def value_format(patterns: Patterns, fmt: Format, narrow: Format) -> Format:

@@ -69,21 +69,24 @@ def compare_results(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> xr.
         FileError: a file cannot be read, or both have no variable in common.
     """
     with opened(a) as one, opened(b) as other:
-        trees = (one, other)
-        names = _variables(trees)
-        if not any(all(held) for held in names.values()):
-            raise FileError(
-                f"{a} and {b} have no variable in common. Give two results of one kind."
-            )
-        try:
-            arrays, coordinates = _table(trees, names)
-            for part in (_identified, _mismatches, _updates):
-                more, labels = part(trees)
-                arrays |= more
-                coordinates |= labels
-            attributes = _attributes((Path(a), Path(b)), trees)
-        except (OSError, RuntimeError) as error:  # netCDF: a damaged part is found when it is read
-            raise FileError(f"{a} or {b} is damaged ({short(error)}). Make it again.") from error
+        return compare_trees((one, other), (Path(a), Path(b)))
+
+
+def compare_trees(trees: tuple[Tree, Tree], paths: tuple[Path, Path]) -> xr.Dataset:
+    """Compare the groups of two results; see `compare_results`."""
+    a, b = paths
+    names = _variables(trees)
+    if not any(all(held) for held in names.values()):
+        raise FileError(f"{a} and {b} have no variable in common. Give two results of one kind.")
+    try:
+        arrays, coordinates = _table(trees, names)
+        for part in (_identified, _mismatches, _updates):
+            more, labels = part(trees)
+            arrays |= more
+            coordinates |= labels
+        attributes = _attributes(paths, trees)
+    except (OSError, RuntimeError) as error:  # netCDF: a damaged part is found when it is read
+        raise FileError(f"{a} or {b} is damaged ({short(error)}). Make it again.") from error
     return label(arrays, coordinates, attributes, AUDIT_VARIABLES)
 
 
@@ -191,6 +194,8 @@ def _updates(trees: tuple[Tree, Tree]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, (group, variable) in sources.items():
         if not all(variable in tree.get(group, ()) for tree in trees):
             continue
+        if any({*tree[group][variable].dims} != {"timestep", "token_group"} for tree in trees):
+            continue  # the overview of a model has one by parameter
         both = [tree[group][variable].transpose("timestep", "token_group") for tree in trees]
         one, other = xr.align(*both, join="inner", copy=False)
         if one.size:

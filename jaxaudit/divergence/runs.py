@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from jaxaudit.divergence.alignment import Alignment, Block, Pair, align, value_format
+from jaxaudit.divergence.alignment import Alignment, Block, Pair, align, held, value_format
 from jaxaudit.divergence.distances import (
     ULP_BIN_ENDS,
     ULP_BINS,
@@ -126,7 +126,7 @@ class _Tables:
         self._kinds, kind = np.unique(self.inside, axis=0, return_inverse=True)
         self._kind = kind.reshape(-1).astype(np.int64)
         tensors, groups = len(alignment.tensors), len(members)
-        each = (tensors, alignment.timesteps[1] - alignment.timesteps[0], groups)
+        each = (tensors, len(alignment.timesteps), groups)
         self.counts = np.zeros((3, *each), np.int64)
         self.sums = np.zeros((5, *each))
         self.peaks = np.zeros((2, *each))
@@ -141,10 +141,10 @@ class _Tables:
 
     def add_start(self, pool: ThreadPoolExecutor) -> None:
         """Compare the state before the first timestep."""
-        before = self.alignment.timesteps[0] - 1
+        steps = [int(steps[0]) for steps in self.alignment.steps]
         names = tuple(name for name in self.alignment.tensors if name != "grad")
         for block in self.blocks:
-            pair = self.alignment.read(block, (before, before + 1), names)
+            pair = self.alignment.read_before(block, steps, names)
             for name, _, found in self._compared(pair, pool, displaced=False):
                 k = self.alignment.tensors.index(name)
                 self._note_first(k, pair, 0, found)
@@ -160,7 +160,7 @@ class _Tables:
         groups = self._within(pair.block)
         for name, step, found in self._compared(pair, pool, displaced=True):
             k = self.alignment.tensors.index(name)
-            at = pair.timesteps[0] + step - self.alignment.timesteps[0]
+            at = pair.places[0] + step
             self._note_first(k, pair, step, found)
             for g, members in enumerate(groups):
                 self._add_group((k, at, g), found, members)
@@ -204,8 +204,8 @@ class _Tables:
         """Return the weights of both at the common start, of a block's tokens."""
         if block.tokens in self._starts:
             return self._starts[block.tokens]
-        start = self.alignment.start
-        patterns = self.alignment.read(block, (start, start + 1), ("param",)).tensors["param"]
+        steps = self.alignment.start_steps
+        patterns = self.alignment.read_before(block, steps, ("param",)).tensors["param"]
         formats = self.alignment.formats("param")
         one, other = (widened(x[0], fmt) for x, fmt in zip(patterns, formats, strict=True))
         if len(self.alignment.tokens) * self.alignment.width <= _KEPT_ELEMENTS:
@@ -230,7 +230,9 @@ class _Tables:
         if not unlike.any():
             return
         first = self.first[k, slice(*pair.block.tokens)]
-        timestep = pair.timesteps[0] + step
+        place = pair.places[0] + step
+        timesteps = self.alignment.timesteps
+        timestep = int(timesteps[place]) if place >= 0 else int(timesteps[0]) - 1
         first[unlike & (first == NEVER)] = timestep
         if self.first_difference[k, 0] == NEVER:
             token = int(np.argmax(unlike))
@@ -243,8 +245,8 @@ class _Tables:
 
 def _formats(alignment: Alignment) -> dict[str, Formats]:
     """Find the format in which each tensor's distance is told; what was only widened counts as what it was."""
-    start, stop = alignment.timesteps
-    probes = sorted({start, (start + stop) // 2, stop - 1})
+    count = len(alignment.timesteps)
+    probes = sorted({0, count // 2, count - 1})
     block = alignment.blocks()[0]
     narrow = coarser(*(recording.storage for recording in alignment.recordings))
     found = {}
@@ -262,7 +264,7 @@ def _formats(alignment: Alignment) -> dict[str, Formats]:
 
 def _label(alignment: Alignment, tables: _Tables) -> xr.Dataset:
     """Put names to what was counted."""
-    timesteps = np.arange(*alignment.timesteps)
+    timesteps = alignment.timesteps
     with np.errstate(all="ignore"):
         roots, moves = np.sqrt(tables.sums), np.sqrt(tables.moves[:2])
         # One root of the product: exactly 1 where both displacements are the same.
@@ -288,8 +290,14 @@ def _label(alignment: Alignment, tables: _Tables) -> xr.Dataset:
         "in_group": tables.inside,
         "storage_format": [[f.name for f in alignment.formats(n)] for n in alignment.tensors],
         "ulp_format": [tables.formats[name].ulp.name for name in alignment.tensors],
-        "loss": [_series(r, "loss", timesteps) for r in alignment.recordings],
-        "learning_rate": [_series(r, "rate", timesteps) for r in alignment.recordings],
+        "loss": [
+            _series(r, "loss", s)
+            for r, s in zip(alignment.recordings, alignment.steps, strict=True)
+        ],
+        "learning_rate": [
+            _series(r, "rate", s)
+            for r, s in zip(alignment.recordings, alignment.steps, strict=True)
+        ],
     }
     coordinates = {
         "timestep": timesteps,
@@ -305,13 +313,13 @@ def _label(alignment: Alignment, tables: _Tables) -> xr.Dataset:
     return label(arrays, coordinates, _attributes(alignment), VARIABLES)
 
 
-def _series(recording: Recording, what: str, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the losses or learning rates of a recording at timesteps; NaN where it has none."""
+def _series(recording: Recording, what: str, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the losses or learning rates of a recording at some of its steps; NaN where it has none."""
     given = recording.hyperparameters
     whole = recording.losses if what == "loss" else given.learning_rate if given else None
     if whole is None:
-        return np.full(len(timesteps), math.nan)
-    return np.asarray(whole, np.float64)[timesteps - recording.first_step]
+        return np.full(len(steps), math.nan)
+    return np.asarray(whole, np.float64)[steps - 1]
 
 
 def _attributes(alignment: Alignment) -> dict[str, Any]:
@@ -323,8 +331,8 @@ def _attributes(alignment: Alignment) -> dict[str, Any]:
         "source_b": str(b.path),
         "source_sha256_head_a": a.fingerprint(),
         "source_sha256_head_b": b.fingerprint(),
-        "timesteps_a": f"{a.first_step}:{a.first_step + a.steps}",
-        "timesteps_b": f"{b.first_step}:{b.first_step + b.steps}",
+        "timesteps_a": held(a),
+        "timesteps_b": held(b),
         "tokens_a": a.tokens,
         "tokens_b": b.tokens,
         "only_in_a": ",".join(alignment.only_in(0)),

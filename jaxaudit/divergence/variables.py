@@ -102,6 +102,74 @@ VARIABLES = {
     ),
 }
 
+_PARAMETER = ("parameter",)
+_COURSE = ("parameter", "compared_timestep")
+_NOT_COMPARED = f"{NOT_AUDITED} where it is not compared"
+_WEIGHTS = "of the weights"
+
+
+def _of_each(long_name: str, comment: str = "", dtype: str = "int64") -> Field:
+    return Field(_PARAMETER, dtype, "1", long_name, comment)
+
+
+#: A comparison of two models: the root of its file. Timesteps are those of each parameter's own step count.
+MODEL_VARIABLES = {
+    "group_path": _of_each("group of the parameter's comparison in this file", "empty: it has none", "str"),
+    "shape": _of_each("shape of the whole parameter", "in a", "str"),
+    "reason": _of_each("why the parameter is not compared", "empty: it is", "str"),
+    "is_identical": _of_each(
+        "1 where everything that both hold of it is the same to the bit", _NOT_COMPARED, "int8"
+    ),
+    "element_count": _of_each("elements compared per timestep"),
+    "token_count": _of_each("rows compared"),
+    "timestep_count": _of_each("timesteps compared", "0 for a parameter that neither model ever stepped"),
+    "first_tensor": _of_each(
+        "tensor that differs first", "in the order in which a step computes them; empty: none ever does", "str"
+    ),
+    "first_difference": Field(
+        ("parameter", "divergence_field"), "int64", "1", "first element of that tensor that differs",
+        "as first_difference in the parameter's group",
+    ),
+    "first_differing_timestep": Field(
+        ("parameter", "compared_tensor"), "int64", "1", "first timestep at which an element differs",
+        f"{NEVER} where none ever does; the timestep before the first one is the state at the start",
+    ),
+    "held": Field(("parameter", "compared_tensor"), "int8", "1", "1 where both hold the tensor, and it is compared"),
+    "differing_total": Field(
+        ("parameter", "compared_tensor"), "int64", "1", "elements that differ, summed over timesteps", _NOT_COMPARED
+    ),
+    "differing_count_at_start": _of_each("elements of the weights that differ before the first timestep", _NOT_COMPARED),
+    "differing_count": Field(_COURSE, "int64", "1", f"elements that differ, {_WEIGHTS}", _NOT_COMPARED),
+    "max_ulp_distance": Field(_COURSE, "int64", "ulp", f"largest distance in ulp, {_WEIGHTS}", _NOT_COMPARED),
+    "distance": Field(_COURSE, "float64", "1", f"L2 distance, {_WEIGHTS}", "NaN where they are not compared"),
+    "displacement_norm": Field(
+        ("run", *_COURSE), "float64", "1", "L2 norm of the weights' displacement since the common start",
+        "NaN where they are not compared",
+    ),
+    "relative_distance": Field(
+        _COURSE, "float64", "1", "L2 distance of the weights over the displacement of a",
+        "NaN where they are not compared, or a has not moved",
+    ),
+    "distance_growth": Field(
+        _PARAMETER, "float64", "1", "L2 distance of the weights at the last timestep over the first one that is not 0",
+        "NaN where they are never apart",
+    ),
+    "compared_element_count": Field(("compared_timestep",), "int64", "1", "elements of all parameters that are compared"),
+    "total_differing_count": Field(("compared_timestep",), "int64", "1", "elements of all weights that differ"),
+    "total_distance": Field(("compared_timestep",), "float64", "1", "L2 distance of all weights"),
+    "total_displacement_norm": Field(
+        ("run", "compared_timestep"), "float64", "1", "L2 norm of the displacement of all weights since the common start"
+    ),
+    "rank_by_distance": _of_each(
+        "rank by the relative distance at the end, 1 for the largest",
+        "then by elements that ever differ; equals in the order of a",
+    ),
+    "rank_by_first_difference": _of_each(
+        "rank by the first difference, 1 for the first",
+        "by timestep, then by the order of tensors in a step, then in the order of a; what never differs last",
+    ),
+}  # fmt: skip
+
 _PER_VARIABLE = ("variable",)
 
 #: A comparison of two results.
@@ -150,3 +218,35 @@ AUDIT_VARIABLES = {
     "lost_count": Field(_PER_RUN, "int64", "1", "of these, elements whose weight did not change"),
     "norm_observed": Field(_PER_RUN, "float64", "1", "L2 norm of the recorded weight change"),
 }
+
+_PER_RUN_OF_EACH = ("run", "parameter")
+
+#: A comparison of two audits of models: the root of its file.
+MODEL_AUDIT_VARIABLES = {
+    "group_path": _of_each("group of the parameter's comparison in this file", "empty: it has none", "str"),
+    "is_identical": _of_each(
+        "1 where every variable that both hold of it is identical", f"{NOT_AUDITED} where one has no audit of it", "int8"
+    ),
+    "variable_count": _of_each("variables that both hold"),
+    "differing_variable_count": _of_each("of these, variables that differ"),
+    "largest_differing_variable": _of_each(
+        "variable of which the largest share of entries differs", "empty: none does", "str"
+    ),
+    "first_differing_timestep": _of_each(
+        "first timestep with an entry that differs", f"{NEVER} where none does"
+    ),
+    "rank_by_differing_variables": _of_each(
+        "rank by the variables that differ, 1 for the most", "then by the first timestep"
+    ),
+    "arithmetic": Field(_PER_RUN_OF_EACH, "str", "1", "arithmetic that is counted by"),
+    "identified_arithmetic": Field(
+        _PER_RUN_OF_EACH, "str", "1", "arithmetics that replay the parameter bit for bit, best first"
+    ),
+    "mismatch_total": Field(
+        (*_PER_RUN_OF_EACH, "stage"), "int64", "1", "elements whose replayed bits differ, summed over timesteps",
+        f"{NOT_AUDITED} where not audited",
+    ),
+    "wanted_total": Field(_PER_RUN_OF_EACH, "int64", "1", "updates that were not zero before rounding"),
+    "lost_total": Field(_PER_RUN_OF_EACH, "int64", "1", "of these, updates that left their weight as it was"),
+    "lost_share": Field(_PER_RUN_OF_EACH, "float64", "1", "share of the updates that were lost"),
+}  # fmt: skip

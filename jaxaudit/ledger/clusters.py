@@ -106,9 +106,10 @@ class Clusters(Countable):
 
     def _count(self, window: Window, whole: Mapping[str, NDArray[Any]], sets: "Sets") -> None:
         hashes = (whole["hash0"].astype(np.uint64) << 32) | whole["hash1"]
-        start = self._subject.place(window).start
+        start, gaps = self._subject.place(window).start, self._subject.bench.recording.gaps
+        resumed = gaps is not None and gaps.resumes(window.first)
         for k in range(window.steps):
-            changed = bool(whole["changed"][k].any())
+            changed = bool(whole["changed"][k].any()) or (resumed and k == 0)
             rows = functools.partial(self._rows, window.first + k)
             self.counts[:, start + k] += sets.after(hashes[k], changed, rows)
 

@@ -109,6 +109,8 @@ class Counterfactual(Countable):
         recording = subject.bench.recording
         if subject.chosen is None or not {"grad", "param"} <= {*recording.formats}:
             return False
+        if recording.gaps is not None:  # remedies run on from step to step
+            return False
         started = subject.steps[0] == 1 and recording.first_step == 1
         names = MOMENTS if subject.chosen.options.amsgrad else MOMENTS[:2]
         return started or set(names) <= {*recording.formats}

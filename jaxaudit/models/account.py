@@ -49,6 +49,7 @@ def summarize(overview: xr.Dataset) -> dict[str, Any]:
         "source": overview.attrs["source"],
         "source_finished": bool(overview.attrs["source_finished"]),
         "timesteps": [int(overview.run_timestep[0]), int(overview.run_timestep[-1])],
+        "recorded_timestep_count": overview.sizes["run_timestep"],
         "backend": overview.attrs["backend"],
         "device": overview.attrs["device"],
         "parameters": rows,
@@ -85,7 +86,7 @@ def _parameter_table(overview: xr.Dataset) -> list[str]:
     head = ["parameter, the worst first", "group", "shape", "replayed as", *_stages(overview)]
     rows = [[*head, "lost updates", "stuck v"], *(_line(overview, k) for k in shown)]
     lines = as_table(rows)
-    return lines if order.size <= LINES else [*lines, _rest(overview, order[shown.size :])]
+    return lines if order.size <= LINES else [*lines, rest(overview, order[shown.size :])]
 
 
 def _own_line(overview: xr.Dataset) -> list[str]:
@@ -123,11 +124,12 @@ def _line(overview: xr.Dataset, k: int) -> list[str]:
     ]
 
 
-def _rest(overview: xr.Dataset, numbers: NDArray[np.int64]) -> str:
-    rest = overview.isel(parameter=numbers)
-    wrong = int(np.maximum(rest.mismatch_total.values, 0).sum())
-    exact = int(rest.replays_exactly.sum())
-    wanted, lost = _sums(rest, "wanted_total", "lost_total")
+def rest(overview: xr.Dataset, numbers: NDArray[np.int64]) -> str:
+    """Sum up in a line the parameters that have none of their own."""
+    others = overview.isel(parameter=numbers)
+    wrong = int(np.maximum(others.mismatch_total.values, 0).sum())
+    exact = int(others.replays_exactly.sum())
+    wanted, lost = sums(others, "wanted_total", "lost_total")
     tail = f", {percent(lost, wanted)} of the updates lost" if wanted else ""
     return (
         f"and {numbers.size:,} more: {exact:,} replay exactly, {_counted(wrong, 'mismatch', 'mismatches')} "
@@ -204,7 +206,7 @@ def _different(overview: xr.Dataset) -> Sentence | None:
 
 
 def _lost(overview: xr.Dataset) -> Sentence | None:
-    wanted, lost = _sums(overview, "wanted_total", "lost_total")
+    wanted, lost = sums(overview, "wanted_total", "lost_total")
     if not wanted:
         return None
     names = ("wanted_total", "lost_total", "lost_share")
@@ -217,7 +219,7 @@ def _lost(overview: xr.Dataset) -> Sentence | None:
 
 
 def _stuck(overview: xr.Dataset) -> Sentence | None:
-    should, stuck = _sums(overview, "exp_avg_sq_fall_total", "exp_avg_sq_stuck_total")
+    should, stuck = sums(overview, "exp_avg_sq_fall_total", "exp_avg_sq_stuck_total")
     if not should:
         return None
     names = ("exp_avg_sq_fall_total", "exp_avg_sq_stuck_total", "exp_avg_sq_stuck_share")
@@ -249,6 +251,12 @@ def _left_out(overview: xr.Dataset) -> Sentence | None:
     idle = np.flatnonzero(overview.timestep_count.values == 0)
     last, unfinished = int(overview.run_timestep[-1]), not overview.attrs["source_finished"]
     told = []
+    recorded, of = overview.sizes["run_timestep"], _timesteps_within(overview)
+    if recorded < of:
+        told.append(
+            f"{recorded:,} of the {of:,} timesteps were recorded, each with the state before it, and audited; what runs "
+            "on from step to step is not told"
+        )
     if unfinished:
         told.append(f"The recording was not finished; it was read up to timestep {last:,}")
     if idle.size:
@@ -259,7 +267,12 @@ def _left_out(overview: xr.Dataset) -> Sentence | None:
     return Sentence("; ".join(told) + ".", ("timestep_count", "skipped_count")) if told else None
 
 
-def _sums(overview: xr.Dataset, whole: str, part: str) -> tuple[int, int]:
+def _timesteps_within(overview: xr.Dataset) -> int:
+    """Count the timesteps of the run from the first to the last that were audited."""
+    return int(overview.run_timestep[-1]) - int(overview.run_timestep[0]) + 1
+
+
+def sums(overview: xr.Dataset, whole: str, part: str) -> tuple[int, int]:
     """Sum two counts over the parameters that have both."""
     counts, parts = overview[whole].values, overview[part].values
     known = (counts >= 0) & (parts >= 0)

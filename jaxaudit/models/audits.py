@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,9 @@ class ModelAudit:
         self.ungrouped = [p.facts.name for p in self._plans if p.steps and groups and not p.groups]
         self._check_plans()
         self._known: dict[tuple[Any, ...], tuple[Known, ...]] = {}
-        self._overview = Overview(self._steps)
+        own = model.timesteps[1:]
+        self._timesteps = own[(own >= self._steps[0]) & (own < self._steps[1])]
+        self._overview = Overview(self._timesteps)
         self._done = self._told = 0
         self._parts: Parts | None = None
         self.tasks = [f"{k:06}/{task}" for k, p in enumerate(self._plans) for task in p.tasks]
@@ -125,7 +127,7 @@ class ModelAudit:
 
     def __iter__(self) -> Iterator[dict[str, xr.Dataset]]:
         """Audit the parameters; yield the datasets of each by the name of their group in the model's file."""
-        self._known, self._overview = {}, Overview(self._steps)
+        self._known, self._overview = {}, Overview(self._timesteps)
         self._done = self._told = 0
         for plan in self._plans:
             tree: dict[str, xr.Dataset] = {}
@@ -172,11 +174,13 @@ class ModelAudit:
         with self._model.open(name) as recording:
             own = recording.timesteps[1:]
             wanted = np.flatnonzero((own >= self._steps[0]) & (own < self._steps[1]))
-            steps = (int(wanted[0]) + 1, int(wanted[-1]) + 2) if wanted.size else None
+            ends = [recording.number_of(int(k) + 1) for k in wanted[[0, -1]]] if wanted.size else []
+            steps = (ends[0], ends[1] + 1) if ends else None
             facts = Facts(
                 **known, group_path=path if steps else "", storage_format=recording.storage.name,
                 tokens=recording.tokens, elements=recording.step_elements,
                 timesteps=recording.timesteps, skipped=len(skipped),
+                numbers=recording.gaps.numbers if recording.gaps else None,
             )  # fmt: skip
             formats = tuple(fmt.name for fmt in recording.formats.values())
             kind = (parameter.group, tuple(recording.formats), formats)
@@ -336,7 +340,7 @@ def tree_of(found: Mapping[str, xr.Dataset]) -> xr.DataTree:
 
 
 def selected(
-    model: ModelRecording, parameters: str | re.Pattern[str] | Sequence[str] | None
+    model: Collection[str], parameters: str | re.Pattern[str] | Sequence[str] | None
 ) -> list[str]:
     """Name the chosen parameters, in the model's order.
 
@@ -368,10 +372,12 @@ def _checked(model: ModelRecording, steps: tuple[int, int] | None) -> tuple[int,
         raise FileError(
             f"{model.path}: no complete step was recorded; there is nothing to audit. Record at least one."
         )
-    start, stop = steps or (1, model.steps + 1)
-    if not 1 <= start < stop <= model.steps + 1:
+    end = int(model.timesteps[-1]) + 1
+    start, stop = steps or (1, end)
+    if not 1 <= start < stop <= end:
         raise ValueError(
-            f"steps {start}:{stop} are outside the recording, which holds 1:{model.steps + 1} (the end not "
-            "included)."
+            f"steps {start}:{stop} are outside the recording, which holds 1:{end} (the end not included)."
         )
+    if not np.any((model.timesteps[1:] >= start) & (model.timesteps[1:] < stop)):
+        raise ValueError(f"steps {start}:{stop}: none of them was recorded.")
     return start, stop

@@ -15,7 +15,7 @@ from jaxaudit.auditing import Progress
 from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure, Notice
 from jaxaudit.ledger.subject import LedgerOptions
 from jaxaudit.model_recording import ModelRecording, open_model
-from jaxaudit.models import account, figures
+from jaxaudit.models import account, figures, page
 from jaxaudit.models.audits import ModelAudit
 from jaxaudit.models.variables import PARAMETERS
 from jaxaudit.parts import Parts
@@ -68,6 +68,8 @@ def _audit_model(
             outputs += [Path(request.plots) / name for name in figures.FIGURES]
         read = [path for path in model.path.iterdir() if path.is_file()]
         read += [Path(path) for path in filter(None, [request.token_groups])]
+        if request.report:
+            outputs.append(Path(request.report))
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
         audit = _audit_of(request, model, wanted, ledger, progress)
         stated = _manifest(request, model, wanted, ledger)
@@ -120,7 +122,7 @@ def _audit_of(
             arithmetics=wanted,
             backend=request.backend,
             devices=request.devices,
-            steps=_steps(request, model.steps),
+            steps=_steps(request, model),
             progress=progress,
             ledger=ledger,
         )
@@ -141,7 +143,7 @@ def _manifest(
     options = {
         "arithmetics": wanted,
         "backend": request.backend,
-        "steps": _steps(request, model.steps),
+        "steps": _steps(request, model),
         "ledger": ledger,
     }
     found = commands.manifest(model.path.absolute(), str(model.steps), groups, options)
@@ -150,19 +152,19 @@ def _manifest(
 
 def _refuse_single(request: AuditRequest) -> None:
     """Refuse what is made of one recording only."""
-    for option, value in (("--csv", request.csv), ("--report", request.report)):
-        if value is not None:
-            raise Failure(
-                f"{option} is for one parameter: add --parameter NAME. The NetCDF file holds all of them.",
-                WRONG_USAGE,
-            )
+    if request.csv is not None:
+        raise Failure(
+            "--csv is for one parameter: add --parameter NAME. The NetCDF file holds all of them.",
+            WRONG_USAGE,
+        )
 
 
-def _steps(request: AuditRequest, steps: int) -> tuple[int, int] | None:
+def _steps(request: AuditRequest, model: ModelRecording) -> tuple[int, int] | None:
     if request.steps is None:
         return None
     first, end = commands.parse_steps(request.steps)
-    return 1 if first is None else first, steps + 1 if end is None else end
+    last = int(model.timesteps[-1]) if model.steps else 0
+    return 1 if first is None else first, last + 1 if end is None else end
 
 
 class _Run:
@@ -183,6 +185,8 @@ class _Run:
                 Path(self._request.plots or "") / name,
                 functools.partial(self._write_figure, draw),
             )
+        if self._request.report:
+            yield Path(self._request.report), self._write_page
 
     def text(self) -> str:
         """Return what goes to stdout."""
@@ -197,18 +201,24 @@ class _Run:
                     "not_as_expected": unmet,
                 }
             return json.dumps(one | {"output": str(self._output)}, allow_nan=False)
-        lines = [account.describe(self._overview)]
+        lines = [account.describe(self._overview), *self._notes()]
+        return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+
+    def _notes(self) -> list[str]:
+        """Say what was asked for and is not so."""
+        lines, ungrouped = [], self._audit.ungrouped
         if ungrouped:
             verb = "has" if len(ungrouped) == 1 else "have"
             lines.append(
                 f"The token groups are over other rows than {account.in_words(ungrouped)} {verb}: counted as `all` only."
             )
-        if unmet:
-            verb = "does" if len(unmet) == 1 else "do"
+        if self.unmet:
+            verb = "does" if len(self.unmet) == 1 else "do"
             lines.append(
-                f"Expected {expected}, but {account.in_words(unmet)} {verb} not replay bit for bit under it."
+                f"Expected {self._request.expect}, but {account.in_words(self.unmet)} {verb} not replay bit for bit "
+                "under it."
             )
-        return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+        return lines
 
     def _write(self, path: Path) -> None:
         with results.GrowingFile(path) as file:
@@ -225,6 +235,9 @@ class _Run:
         expected = self._request.expect
         if expected and not summary.replays_exactly(root, expected):
             self.unmet.append(root.attrs["parameter"])
+
+    def _write_page(self, path: Path) -> None:
+        path.write_text(page.html(self._overview, self._notes()), encoding="utf-8")
 
     def _write_figure(self, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
         draw(self._overview).savefig(path, format="png", dpi=110)

@@ -30,6 +30,7 @@ class Facts:
         elements: recorded elements per timestep.
         timesteps: number in the training run of each recorded state of its own, (T+1,).
         skipped: timesteps that did not step it.
+        numbers: number of each recorded step among its own, (T,), as its datasets have it; None for 1..T.
     """
 
     name: str
@@ -41,17 +42,23 @@ class Facts:
     elements: int
     timesteps: NDArray[np.int64]
     skipped: int
+    numbers: NDArray[np.int64] | None = None
+
+    def in_the_run(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the timesteps of the training run that some of its own steps were."""
+        places = steps if self.numbers is None else np.searchsorted(self.numbers, steps) + 1
+        return self.timesteps[places]
 
 
 class Overview:
     """Collects rows.
 
     Args:
-        timesteps: range of timesteps of the training run.
+        timesteps: the recorded timesteps of the training run, ascending.
     """
 
-    def __init__(self, timesteps: tuple[int, int]):
-        self._start, self._count = timesteps[0], timesteps[1] - timesteps[0]
+    def __init__(self, timesteps: NDArray[np.int64]):
+        self._timesteps, self._count = timesteps, timesteps.size
         self._rows: list[dict[str, Any]] = []
 
     def take(self, facts: Facts, tree: Mapping[str, xr.Dataset], identified_by: str) -> None:
@@ -75,7 +82,7 @@ class Overview:
         coordinates = {
             "parameter": columns.pop("parameter"),
             "stage": list(STAGES),
-            "run_timestep": np.arange(self._start, self._start + self._count),
+            "run_timestep": self._timesteps,
         }
         arrays = {name: np.asarray(columns[name]) for name in variables.OVERVIEW}
         return results.label(arrays, coordinates, attributes, variables.OVERVIEW)
@@ -117,7 +124,7 @@ class Overview:
     def _audited(self, facts: Facts, tree: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         root = tree[""].sel(token_group="all")
         # Its own steps have other numbers than the run's where some left it out.
-        places = facts.timesteps[root.timestep.values] - self._start
+        places = np.searchsorted(self._timesteps, facts.in_the_run(root.timestep.values))
         row: dict[str, Any] = {
             "timestep_count": root.sizes["timestep"],
             "identified_arithmetic": root.attrs["identified_arithmetic"],
@@ -150,7 +157,7 @@ class Overview:
         }
         if audited.any():
             found["first_mismatch_timestep"] = (
-                int(facts.timesteps[first.min()]) if first.size else 0
+                int(facts.in_the_run(first).min()) if first.size else 0
             )
             found["mismatch_count"] = self._placed(places, counts.sum(axis=0), NOT_AUDITED)
         return found

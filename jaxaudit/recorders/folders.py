@@ -22,12 +22,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 
 from jaxaudit.recorders.writing import (
+    Finishing,
     RowLayout,
     aligned,
     bytes_of,
@@ -160,7 +160,7 @@ class ParameterLayout:
         return layout
 
 
-class FolderWriter:
+class FolderWriter(Finishing):
     """Streaming writer of a model recording; memory use does not grow with the run.
 
     A timestep counts once its line is in `steps.jsonl`; whatever was torn is written over or
@@ -253,6 +253,7 @@ class FolderWriter:
         loss: float | None = None,
         skipped: Sequence[int] = (),
         optimizer_step: int | None = None,
+        step_counts: Sequence[int] | None = None,
     ) -> None:
         """Append one timestep of all parameters.
 
@@ -266,6 +267,8 @@ class FolderWriter:
             skipped: numbers of the parameters that the step left alone.
             optimizer_step: where steps are left out, how many the optimizer has taken since the
                 beginning.
+            step_counts: where steps are left out, each parameter's own step count, if one of them is
+                not what `optimizer_step` makes of its first.
 
         Raises:
             ValueError: a record does not fit its layout, or the writer is closed.
@@ -286,6 +289,8 @@ class FolderWriter:
                 line["skipped"] = list(skipped)
             if optimizer_step is not None:
                 line["optimizer_step"] = optimizer_step
+            if step_counts is not None:
+                line["step_counts"] = list(step_counts)
             self._write_line(line)
         self._timesteps += 1
         self._steps_taken += hyperparameters is not None
@@ -330,22 +335,6 @@ class FolderWriter:
         self._closed = True
         self._close_files()
         self._lines.close()
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Finish; or remove the folder where an exception came before a step was complete."""
-        if exception is not None and not self.steps:
-            self.abort()
-        else:
-            self.close()
 
     def _growing(self, layout: ParameterLayout) -> Path:
         return self.path / f"{layout.file}.growing"
@@ -589,6 +578,17 @@ class _Run:
             return None
         return [line["optimizer_step"] for line in self.lines]
 
+    def step_counts(self, parameter: int, first_step: int) -> list[int] | None:
+        """Return a parameter's own step count at each state, where some were not recorded; else None."""
+        if not any("step_counts" in line for line in self.lines):
+            return None
+        return [
+            line["step_counts"][parameter]
+            if "step_counts" in line
+            else line["optimizer_step"] + first_step - 1
+            for line in self.lines
+        ]
+
     def hyperparameters(self, group: int) -> dict[str, list[float | None]]:
         """Return the values of a group at each timestep; None where no recorded step led there."""
         given = [line["hyperparameters"] for line in self.lines]
@@ -714,6 +714,9 @@ def _metadata(
         metadata["skipped_steps"] = json.dumps(skipped)
     if timesteps is not None:
         metadata["timesteps"] = json.dumps(timesteps)
+    counts = run.step_counts(number, layout.first_step)
+    if counts is not None:
+        metadata["step_counts"] = json.dumps(counts)
     return metadata
 
 

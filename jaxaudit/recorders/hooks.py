@@ -15,8 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from jaxaudit.recorders.pytorch import (
     row_index,
     step_count,
 )
-from jaxaudit.recorders.writing import RowLayout, run_metadata
+from jaxaudit.recorders.writing import Finishing, RowLayout, run_metadata
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -66,7 +65,8 @@ def record(
             names are those that the optimizer was given, else `group0.0`, `group0.1`, ...
         rows: the rows of axis 0 to record, for all parameters or by name; all by default.
         every: record the first step and then one step of every so many, each with the state before
-            it. The recordings then have gaps; their metadata `timesteps` say where.
+            it. The recordings then have gaps (`Recording.gaps`): each recorded step is audited on its
+            own.
         metadata: strings of your own for all files.
         on_failure: where a step cannot be recorded, `raise` lets the error through to the training
             loop; `warn` gives a RuntimeWarning, stops recording and lets the training go on.
@@ -156,7 +156,7 @@ class Track:
         return record
 
 
-class OptimizerRecorder:
+class OptimizerRecorder(Finishing):
     """Records an optimizer through its step hooks, as `record` describes; made by `record`.
 
     The gradient is held when a step begins and read when it ends: no implementation of torch.optim
@@ -236,25 +236,9 @@ class OptimizerRecorder:
         self._detach()
         self._writer.abort()
 
-    def __enter__(self) -> Self:
-        """Return the recorder."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; or remove the folder where an exception came before a step was complete."""
-        if exception is not None and not self.steps:
-            self.abort()
-        else:
-            self.close()
-
     def _close_at_exit(self) -> None:
         if os.getpid() == self._process:  # a forked child must leave the parent's files alone
-            self.close() if self.steps else self.abort()
+            self._end()
 
     def _detach(self) -> None:
         atexit.unregister(self._close_at_exit)
@@ -343,7 +327,7 @@ class OptimizerRecorder:
                 hyperparameters=self._hyperparameters,
                 loss=self._loss,
                 skipped=skipped,
-                optimizer_step=self._taken if self._every > 1 else None,
+                **self._place(),
             )
             self._last = self._taken
             self._loss = None
@@ -392,14 +376,28 @@ class OptimizerRecorder:
 
     def _append_state(self) -> None:
         """Append a state that no recorded step led to."""
-        state = self._optimizer.state
+        states = [self._optimizer.state.get(track.tensor, {}) for track in self._tracks]
+        for track, count in zip(self._tracks, _step_counts(states), strict=True):
+            track.count = count
         self._writer.append(
-            (track.record(state.get(track.tensor, {}), None) for track in self._tracks),
-            optimizer_step=self._taken if self._every > 1 else None,
+            (track.record(state, None) for track, state in zip(self._tracks, states, strict=True)),
+            **self._place(),
         )
         self._last = self._taken
-        for track in self._tracks:
-            track.count = step_count(state.get(track.tensor, {}))
+
+    def _place(self) -> dict[str, Any]:
+        """Say where in the run the present state is, if steps are left out.
+
+        A parameter may have had no gradient in some of those, so that its own count is behind.
+        """
+        if self._every == 1:
+            return {}
+        usual = [track.layout.first_step - 1 + self._taken for track in self._tracks]
+        counts = [track.count for track in self._tracks]
+        return {
+            "optimizer_step": self._taken,
+            "step_counts": None if counts == usual else counts,
+        }
 
     def _stopping_on_failure(self) -> "_Stopping":
         return _Stopping(self)

@@ -18,13 +18,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from jaxaudit.recorders.writing import RecordingWriter, RowLayout, run_metadata
+from jaxaudit.recorders.writing import Finishing, RecordingWriter, RowLayout, run_metadata
 
 #: Storage formats that a recording can hold, by torch dtype.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -36,7 +35,7 @@ _LOOP_BY_DEFAULT = ("cpu", "mps")
 _PROBE_COUNT = 4096
 
 
-class Recorder:
+class Recorder(Finishing):
     """Records one parameter of an Adam or AdamW run: weight, gradient, moments, after every step.
 
     Timestep 0 is the state at construction, with a zero gradient, and zero moments unless the
@@ -150,29 +149,9 @@ class Recorder:
         atexit.unregister(self._close_at_exit)
         self._writer.abort()
 
-    def __enter__(self) -> Self:
-        """Return the recorder."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; or leave nothing where an exception came before the first step was complete."""
-        if exception is not None and self.steps < 1:
-            self.abort()
-        else:
-            self.close()
-
     def _close_at_exit(self) -> None:
-        if os.getpid() != self._process:  # a forked child must leave the parent's files alone
-            return
-        if self.steps < 1:
-            self.abort()
-        else:
-            self.close()
+        if os.getpid() == self._process:  # a forked child must leave the parent's files alone
+            self._end()
 
     def _state(self) -> dict[str, Any]:
         return self._optimizer.state.get(self._parameter, {})

@@ -101,7 +101,50 @@ class _Stream:
         write_at(self.file, self.start + timestep * self.layout.nbytes, data)
 
 
-class RecordingWriter:
+class Finishing:
+    """Context that closes a recording at its end; a base class of writers and recorders.
+
+    Where an exception comes before the first step is complete, the recording is given up instead.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Complete steps so far."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Complete the recording."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Return the recorder."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; or leave nothing where an exception came before the first step was complete."""
+        if exception is None:
+            self.close()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """Close, or give up a recording that has no step."""
+        if self.steps < 1:
+            self.abort()
+        else:
+            self.close()
+
+
+class RecordingWriter(Finishing):
     """Streaming writer of a recording; memory use does not grow with the run.
 
     Every timestep is appended whole; one that was torn (by an exception in the middle of `append`)
@@ -247,22 +290,6 @@ class RecordingWriter:
             with contextlib.suppress(OSError):
                 stream.file.close()
         self._temporary.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; or leave nothing where an exception came before the first step was complete."""
-        if exception is not None and self.steps < 1:
-            self.abort()
-        else:
-            self.close()
 
     @contextlib.contextmanager
     def _giving_up_on_failure(self) -> Iterator[None]:

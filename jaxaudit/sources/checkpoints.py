@@ -464,9 +464,9 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path, list[Path]]]:
             if entry.name.startswith(".") or not numbers or len(numbers[-1]) > 15:
                 continue
             number, path = int(numbers[-1]), folder / entry.name
-            if entry.is_symlink():
-                continue
-            if entry.is_dir():
+            if entry.is_symlink() and _within(folder, path):
+                continue  # another name of a checkpoint that is here
+            if os.path.isdir(path):  # of a link in a circle, `entry` would raise
                 files = _files(path)
                 if files and number in folders:
                     raise FileError(
@@ -483,6 +483,18 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path, list[Path]]]:
             f"{folder}: cannot be listed ({error.strerror}). Check the path."
         ) from error
     return [(number, *found[number]) for number in sorted(found)]
+
+
+def _within(folder: Path, link: Path) -> bool:
+    """Tell whether a link leads to an entry of the same folder, which may be a link in turn."""
+    if not link.exists():
+        return False  # opening it will say what is wrong
+    here = os.path.realpath(folder)
+    while link.is_symlink():
+        link = link.parent / os.readlink(link)
+        if os.path.realpath(link.parent) == here:
+            return True
+    return False
 
 
 def _stem(name: str) -> str:

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.byte_files import DTYPES, READERS, ByteFile, FileError, Stored, block_spans, short
+from jaxaudit.byte_files import (
+    DTYPES,
+    READERS,
+    ByteFile,
+    Closing,
+    FileError,
+    Stored,
+    block_spans,
+    short,
+)
 from jaxaudit.sources.source import TENSOR_KEYS, as_floats
 from jaxaudit.sources.worker import Worker
 
@@ -41,7 +50,7 @@ _SCALARS = {
 }
 
 
-class Hdf5Source:
+class Hdf5Source(Closing):
     """The datasets of an HDF5 file or of one group in it; see `source.Source`.
 
     Attributes:
@@ -59,7 +68,7 @@ class Hdf5Source:
             raise FileError(
                 f"{path}: HDF5 needs h5py, which is not installed. Install it with: pip install 'jaxaudit[hdf5]'"
             )
-        self._bytes = ByteFile(path)
+        self._bytes, self._pool = ByteFile(path), ThreadPoolExecutor(READERS)
         self.path, self.size = self._bytes.path, self._bytes.size
         self._worker = Worker("hdf5_process.py")
         try:
@@ -80,18 +89,10 @@ class Hdf5Source:
         except BaseException:
             self.close()
             raise
-        self._pool = ThreadPoolExecutor(READERS)
-
-    def __enter__(self) -> "Hdf5Source":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file, and end the process that reads it."""
-        if hasattr(self, "_pool"):
-            self._pool.shutdown()
+        self._pool.shutdown()
         self._worker.close()
         self._bytes.close()
 

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxaudit.byte_files import DTYPES, ByteFile, FileError, is_count, short
 from jaxaudit.safetensors_file import SafetensorsFile
@@ -69,6 +71,9 @@ class ModelFolder:
         groups: facts of each of the optimizer's groups, as strings.
         parameters: by name, in the model's order.
         timesteps: complete timesteps, the initial state included.
+        taken: steps that the optimizer had taken at each timestep, int64 (timesteps,): these numbers are the
+            timesteps of the run. It is 0, 1, 2, ... unless the recorder left steps out (`every=`).
+        stepped: at which timesteps a recorded step led there, (timesteps,).
         losses: of each timestep, float64 (timesteps,), NaN where there is none; None where there is none at all.
         skipped: for each parameter number, the timesteps that did not step it.
 
@@ -115,11 +120,11 @@ class ModelFolder:
         parameter = self.parameters[name]
         whole = self.path / f"{file_name(name)}.safetensors"
         growing = self.path / f"{file_name(name)}.growing"
-        for file in (whole, growing):
-            if file.is_symlink():
-                raise FileError(f"{file}: a link. Put the file itself there.")
-        if whole.exists() or not growing.exists():
+        if os.path.lexists(whole) or not os.path.lexists(growing):
             return self._whole(parameter, whole)
+        if growing.is_symlink():
+            # Its bytes are numbers whatever they are: those of any file of the reader's would be.
+            raise FileError(f"{growing}: a link. Put the file itself there.")
         return self._growing(parameter, growing)
 
     def _whole(self, parameter: Parameter, path: Path) -> Source:
@@ -163,25 +168,45 @@ class ModelFolder:
             facts["rows"] = json.dumps(parameter.rows)
         if parameter.number in self.skipped:
             facts["skipped_steps"] = json.dumps(self.skipped[parameter.number])
+        if self._gapped:
+            facts["timesteps"] = json.dumps(self.taken.tolist())
+            if self._counts:
+                facts["step_counts"] = json.dumps(self._own_counts(parameter))
         values = self._given[parameter.group]
         for name in _NUMBERS[1:]:
-            if np.unique(values[name]).size > 1:
-                t = int(np.flatnonzero(values[name] != values[name][0])[0]) + 1
+            known = np.flatnonzero(self.stepped[1:])
+            other = known[values[name][known] != values[name][known[:1]]]
+            if other.size:
                 raise FileError(
-                    f"{self.path}: {name} of {short(parameter.name)} changes at timestep {t}; the replay needs it "
-                    "to be constant. Cut the run there."
+                    f"{self.path}: {name} of {short(parameter.name)} changes at timestep {self.taken[other[0] + 1]}; "
+                    "the replay needs it to be constant. Cut the run there."
                 )
-        rates = values["learning_rate"]
-        if rates.size:
-            constant = {name: float(values[name][0]) for name in _NUMBERS[1:]}
-            stated = {"learning_rate": [float(rates[0]), *map(float, rates)], **constant}
+        rates = [
+            float(x) if known else None
+            for x, known in zip(values["learning_rate"], self.stepped[1:], strict=True)
+        ]
+        if self.stepped.any():
+            first = int(np.argmax(self.stepped[1:]))
+            constant = {name: float(values[name][first]) for name in _NUMBERS[1:]}
+            stated = {"learning_rate": [rates[first], *rates], **constant}
             facts["hyperparameters"] = json.dumps(stated)
         return facts
+
+    def _own_counts(self, parameter: Parameter) -> list[int]:
+        """Return how many steps a parameter's own count had come to at each timestep."""
+        usual = (self.taken + parameter.first_step - 1).tolist()
+        return [
+            self._counts[t][parameter.number] if t in self._counts else n
+            for t, n in enumerate(usual)
+        ]
 
     def _read_steps(self) -> None:
         path = self.path / STEPS
         losses: list[float] = []
         given: list[list[list[float]]] = [[] for _ in self.groups]
+        taken: list[int | None] = []
+        stepped: list[bool] = []
+        self._counts: dict[int, list[int]] = {}
         self.skipped: dict[int, list[int]] = {}
         for t, line in enumerate(_lines(path)):
             step = self._step(path, t, line)
@@ -189,12 +214,33 @@ class ModelFolder:
             if t:
                 for values, numbers in zip(given, step["hyperparameters"], strict=True):
                     values.append(numbers)
+            taken.append(step["taken"])
+            stepped.append(step["stepped"])
+            if step["counts"]:
+                self._counts[t] = step["counts"]
             for number in step["skipped"]:
                 self.skipped.setdefault(number, []).append(t)
-        self.timesteps = len(losses)
+        self.timesteps, self.stepped = len(losses), np.array(stepped, bool)
+        self._gapped = any(number is not None for number in taken)
+        self.taken = self._taken(path, taken)
         self.losses = None if np.isnan(losses).all() else np.array(losses, np.float64)
         columns = [np.array(v, np.float64).reshape(-1, len(_NUMBERS)).T for v in given]
         self._given = [dict(zip(_NUMBERS, column, strict=True)) for column in columns]
+
+    def _taken(self, path: Path, given: list[int | None]) -> NDArray[np.int64]:
+        """Return the optimizer's steps at each timestep, checked: a recorded step follows on the state before it."""
+        if not self._gapped:
+            return np.arange(self.timesteps)
+        found = np.array([-1 if number is None else number for number in given], np.int64)
+        rises = np.diff(found, prepend=found[:1])
+        wrong = (found < 0) | (rises < 0) | (self.stepped & (rises != 1))
+        if wrong.any():
+            t = int(np.argmax(wrong))
+            raise FileError(
+                f"{path}: line {t + 1} has `optimizer_step` {given[t]}, after {given[t - 1] if t else 'nothing'}; needed "
+                "one more at a recorded step, and none less elsewhere. Record the run again."
+            )
+        return found
 
     def _step(self, path: Path, t: int, line: bytes) -> dict[str, Any]:
         found = parsed(path, line, f"line {t + 1}")
@@ -204,7 +250,19 @@ class ModelFolder:
                 f"{path}: line {t + 1} is of timestep {short(repr(stated))}, expected {t}. Copy the folder again."
             )
         numbers: list[list[float]] = []
-        if t:
+        taken: Any = found.get("optimizer_step")
+        counts: Any = found.get("step_counts", [])
+        count = len(self.parameters)
+        good = isinstance(counts, list) and all(map(is_count, counts)) and len(counts) in (0, count)
+        if not good or not (taken is None or is_count(taken)):
+            raise FileError(
+                f"{path}: line {t + 1} has an unusable `optimizer_step` or `step_counts`. Record the run again."
+            )
+        # Where steps were left out, a state may be one that no recorded step led to.
+        stepped = t > 0 and (taken is None or found.get("hyperparameters") is not None)
+        if t and not stepped:
+            numbers = [[math.nan] * len(_NUMBERS)] * len(self.groups)
+        elif t:
             groups = found.get("hyperparameters")
             good = isinstance(groups, list) and len(groups) == len(self.groups)
             for group in groups if good else [None]:  # pyright: ignore[reportOptionalIterable]
@@ -217,7 +275,6 @@ class ModelFolder:
                 numbers.append([float(v) for v in values if _is_number(v)])
         loss: Any = found.get("loss")
         skipped: Any = found.get("skipped", [])
-        count = len(self.parameters)
         right = isinstance(skipped, list) and all(is_count(k) and 0 <= k < count for k in skipped)
         if not right or not (loss is None or _is_number(loss)):
             raise FileError(
@@ -226,7 +283,10 @@ class ModelFolder:
         return {
             "hyperparameters": numbers,
             "loss": loss,
-            "skipped": sorted(set(skipped)) if t else [],
+            "skipped": sorted(set(skipped)) if stepped else [],
+            "taken": taken,
+            "stepped": stepped,
+            "counts": counts,
         }
 
     def _parameter(self, number: int, entry: Any) -> Parameter:

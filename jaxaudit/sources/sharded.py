@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.byte_files import FileError, Stored, short
+from jaxaudit.byte_files import Closing, FileError, Stored, short
 from jaxaudit.safetensors_file import SafetensorsFile
 from jaxaudit.sources.source import as_strings, file_within, read_json
 
@@ -17,7 +17,7 @@ from jaxaudit.sources.source import as_strings, file_within, read_json
 SUFFIX = ".safetensors.index.json"
 
 
-class ShardedSource:
+class ShardedSource(Closing):
     """The tensors that an index lists, read from the files it names; see `source.Source`.
 
     Attributes:
@@ -46,12 +46,6 @@ class ShardedSource:
             self.metadata = self._metadata() | as_strings(stated)
             opened.pop_all()
         self.size = sum(file.size for file in self._files.values())
-
-    def __enter__(self) -> "ShardedSource":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaudit.byte_files import FileError, short
+from jaxaudit.byte_files import Closing, FileError, short
 
 #: Seconds that one answer may take.
 SECONDS = 120.0
@@ -29,7 +29,7 @@ _SHARED: dict[str, "Worker"] = {}
 _SHARING = threading.Lock()
 
 
-class Worker:
+class Worker(Closing):
     """A process that runs one of this folder's `*_process.py`; a context manager.
 
     Args:
@@ -64,12 +64,6 @@ class Worker:
                 found = _SHARED[program] = cls(program)
                 atexit.register(found.close)
             return found
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process."""
