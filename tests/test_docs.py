@@ -214,7 +214,9 @@ OTHERS = {"--quiet", "--keep-going", "--xla_force_host_platform_device_count"}
 def test_every_option_that_a_page_names_is_there():
     pytest.importorskip("torch")  # some scripts do nothing without it
     scripts = [
-        path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser" in path.read_text()
+        path.stem
+        for path in (ROOT / "scripts").glob("*.py")
+        if re.search(r"^(def parser\b|parser = )", path.read_text(), re.MULTILINE)
     ]
     known = {o for name in scripts for a in parser_of(name)._actions for o in a.option_strings}
     for page, text in TEXTS.items():
