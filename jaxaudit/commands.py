@@ -79,7 +79,7 @@ class Failure(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditRequest:
-    """What the command line asks for; see scripts/run_audit.py."""
+    """What the command line asks for; see jaxaudit/command_line/audit.py."""
 
     recording: str | None = None
     parameter: str | None = None
