@@ -54,6 +54,7 @@ class Parts:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], *, renew: bool = False):
         self._prefix = ""
+        self._made = [folder for folder in path.parents if not os.path.lexists(folder)]
         self.path, wanted = path, json.loads(json.dumps(dict(manifest)))
         try:
             there = self._agreed(wanted)
@@ -138,8 +139,11 @@ class Parts:
         return part
 
     def remove(self) -> None:
-        """Delete the folder, once the result is written."""
+        """Delete the folder, once the result is written, and what it was made in, unless something else came there."""
         shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def remove_empty(self) -> None:
         """Delete the folder if no task was done."""

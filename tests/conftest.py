@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ gc.set_threshold(100_000, 50, 100)
 #: Seconds of a core that the files of tests take which take most. Files stay on one worker, which compiles and
 #: records for all of their tests; the longest come first, so that all workers end together.
 _SECONDS = {
+    "test_rounding_certificate": 140,
     "test_run_audit": 130,
     "test_auditing": 110,
     "test_docs": 75,
@@ -58,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Spare the collector the modules: they stay."""
     gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spared_collector() -> Iterator[None]:
+    """Spare the collector what a file leaves behind: traced programs, which are kept for the session."""
+    yield
     gc.freeze()
 
 

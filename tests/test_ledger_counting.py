@@ -16,7 +16,7 @@ from jaxaudit.ledger.counting import (
     size_code,
     size_edges,
 )
-from jaxaudit.recording import TokenGroups
+from jaxaudit.recording import TokenGroups, Window
 
 
 def on_device(sizes: np.ndarray) -> np.ndarray:
@@ -75,17 +75,19 @@ def test_group_counts_equal_a_loop(width, bins):
     groups, device = TokenGroups(tokens, members), find_device("cpu")
     with jax.enable_x64(True):
         counter = GroupCounter(groups, width, device)
-        for rows in ((0, tokens), (0, 9), (9, 22), (22, 23)):
+        for rows, overlap in (((0, tokens), 0), ((0, 9), 0), ((9, 22), 3), ((22, 23), 0)):
             elements = (rows[1] - rows[0]) * width
             codes = rng.integers(0, bins, (length, elements)).astype(np.int32)
-            given = jax.device_put(codes, device) + counter.offsets(rows, bins)
+            given = jax.device_put(codes, device) + counter.offsets(
+                Window(1, 1, rows, {}, overlap), bins
+            )
             assert given.dtype == np.int32
             found = counter.count(given, steps, bins)
             expected = np.zeros((steps, len(members), bins), np.int64)
             for t in range(steps):
                 for g, group in enumerate(members.values()):
                     for token in group:
-                        if rows[0] <= token < rows[1]:
+                        if rows[0] + overlap <= token < rows[1]:
                             at = (token - rows[0]) * width
                             for code in codes[t, at : at + width]:
                                 expected[t, g, code] += 1

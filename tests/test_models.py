@@ -461,7 +461,7 @@ def test_a_failure_midway_leaves_nothing(command, folder, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["audit", "write"])
-def test_interrupted_midway_leaves_nothing(command, folder, tmp_path, monkeypatch, moment):
+def test_interrupted_midway_goes_on(command, folder, tmp_path, monkeypatch, moment):
     where, name = (auditing, "audit_groups") if moment == "audit" else (results.GrowingFile, "add")
     original, calls = getattr(where, name), []
 
@@ -471,11 +471,25 @@ def test_interrupted_midway_leaves_nothing(command, folder, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(where, name, interrupt)
     arguments = ("--only", "accounting", "--arithmetic", "torch-cpu-loop")
-    status, out, _ = command(folder, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, interrupt)
+        status, out, err = command(folder, *arguments)
     assert (status, out) == (130, "") and len(calls) == 2
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "kept in results/model.nc.parts: the same command goes on" in err
+    parts = tmp_path / "results" / "model.nc.parts"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [parts.name]
+    done = sorted(str(path.relative_to(parts)) for path in parts.rglob("*.npz"))
+    assert done[0] == "000000/strip-000000.npz" and len(done) == (1 if moment == "audit" else 2)
+    tried, do = [], auditing.Audit._do
+    monkeypatch.setattr(auditing.Audit, "_do", lambda *a: (tried.append(a[1]), do(*a)))
+    status, out, err = command(folder, *arguments)
+    assert status == 0 and len(tried) > len(done)
+    model = jaxaudit.open_model(folder)
+    audited = sum(len(model.skipped_steps(name)) < model.steps for name in model)
+    # One parameter is identified for itself once more; what was done before is not done again.
+    assert len(tried) + len(done) <= audited + 1
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["model.nc"]
 
 
 def test_full_disk_midway(command, folder, tmp_path, monkeypatch):
@@ -486,7 +500,7 @@ def test_full_disk_midway(command, folder, tmp_path, monkeypatch):
     arguments = ("--only", "accounting", "--arithmetic", "torch-cpu-loop")
     status, out, err = command(folder, *arguments)
     assert (status, out) == (2, "") and "results/model.nc" in err
-    assert not (tmp_path / "results").exists()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["model.nc.parts"]
 
 
 def test_one_parameter_as_a_recording(command, folder, tmp_path):
