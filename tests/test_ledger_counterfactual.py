@@ -14,7 +14,7 @@ import ledgers  # noqa: E402
 import runs  # noqa: E402  (needs torch)
 
 import jaxaudit  # noqa: E402
-from jaxaudit import strips, workbench  # noqa: E402
+from jaxaudit import auditing, strips, workbench  # noqa: E402
 from jaxaudit.arithmetics import CATALOGUE, Options  # noqa: E402
 from jaxaudit.devices import find_device  # noqa: E402
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, decode, round_to  # noqa: E402
@@ -807,3 +807,15 @@ def test_other_arithmetics_are_compared_with_torchs_loop(tmp_path, on_host):
         again, own = counterfactual_of(path, arithmetic=name)
         xr.testing.assert_equal(again, found)
         assert all(np.array_equal(own[remedy], weights[remedy]) for remedy in weights)
+
+
+@pytest.mark.parametrize("width", [64, 3000])
+def test_the_self_test_holds_for_rows_of_any_width(tmp_path, width):
+    """Among many hard numbers some are not ordinary: a row of them would never be, and instructions not be trusted."""
+    setting = runs.setting(BFLOAT16, 20 * width, 2)
+    path = save(tmp_path, runs.MAKERS["loop"].make(setting), 20, width)
+    with jaxaudit.open_recording(path) as recording:
+        found = auditing.audit_groups(recording, arithmetics="torch-cpu-loop")
+    told = json.loads(found[""].attrs["self_test"])
+    assert told["remedies in float32"] == "passed"
+    assert "remedies in float64" not in told

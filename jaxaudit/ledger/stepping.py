@@ -41,6 +41,9 @@ FEW, MANY = 1 << 14, 1 << 16
 #: Timesteps of a self-test.
 _TRIED_STEPS = 6
 
+#: Different elements of a row of a trial, and rows that are tried at least.
+_DISTINCT, _LEAST_ROWS = 16, 16
+
 #: What programs read of a window: see `courses.step_program`.
 Inputs = Mapping[str, Any]
 
@@ -334,9 +337,11 @@ class _Trial:
         length, elements = np.shape(inputs["lost"])
         # Programs take one timestep; from hard inputs, every row meets something extraordinary before long.
         self.steps = min(length, _TRIED_STEPS)
-        self.rows = max(1, min(count, TRIED // plan.width))
+        self._distinct = min(plan.width, _DISTINCT)
+        most = min(TRIED // self._distinct, 4 * TRIED // plan.width)
+        self.rows = min(count, max(_LEAST_ROWS, most))
         n = self.rows * plan.width
-        sizes = self._rng.integers(-26, -4, n)
+        sizes = self._rng.integers(-26, -4, (self.rows, self._distinct))
         lost = np.zeros((length, elements), np.uint8)
         lost[: self.steps] = self._rng.integers(0, 2, (self.steps, elements), np.uint8)
         arrays = {
@@ -366,10 +371,12 @@ class _Trial:
     def _hard(
         self, name: str, fmt: floats.Format, shape: tuple[int, int], sizes: NDArray[np.integer]
     ) -> NDArray[Any]:
-        patterns = np.zeros(shape, fmt.pattern_dtype)
-        rows = min(shape[0], self.steps + 1)
-        hard = hard_patterns(self._rng, name, fmt, rows, sizes, self._formulation)
-        patterns[:rows, : sizes.size] = hard
+        """Draw a few elements for each row, and repeat them: where all of many differ, no row is ordinary throughout."""
+        patterns, width = np.zeros(shape, fmt.pattern_dtype), self._plan.width
+        steps = min(shape[0], self.steps + 1)
+        hard = hard_patterns(self._rng, name, fmt, steps, sizes.reshape(-1), self._formulation)
+        columns = np.arange(self.rows)[:, None] * self._distinct + np.arange(width) % self._distinct
+        patterns[:steps, : self.rows * width] = hard[:, columns.reshape(-1)]
         return patterns
 
     def compare(self, state: State, found: Counts, usable: Any) -> str:
