@@ -249,12 +249,14 @@ def told(found: Mapping[str, Any], whole: str, arguments: argparse.Namespace) ->
         and scheduler["seconds_until_the_command_ended"] < 60
     )  # fmt: skip
     resumed = sum(digest == whole for digest in found["killed_at_random"])
+    brief = found["digest_without_ledger"]
+    resumed += sum(digest == brief for digest in found["killed_at_random_without_ledger"])
     print(
-        f"{resumed} of {len(found['killed_at_random'])} audits that were killed at a random moment ended in the same file"
+        f"{resumed} of {arguments.kills} audits that were killed at a random moment ended in the same file"
     )
     for name, good in same.items():
-        told = "the same file" if good else f"NOT THE SAME: {found[name]}"
-        print(f"{name.replace('_', ' ')}: {told}")
+        verdict = "the same file" if good else f"NOT THE SAME: {found[name]}"
+        print(f"{name.replace('_', ' ')}: {verdict}")
     if arguments.output:
         facts = {"kills": arguments.kills, "identical_after_kills": resumed, "identical": same}
         details = {
