@@ -33,7 +33,6 @@ gc.set_threshold(100_000, 50, 100)
 #: Seconds of a core that the files of tests take which take most. Files stay on one worker, which compiles and
 #: records for all of their tests; the longest come first, so that all workers end together.
 _SECONDS = {
-    "test_rounding_certificate": 140,
     "test_run_audit": 130,
     "test_auditing": 110,
     "test_docs": 75,

@@ -125,6 +125,7 @@ def test_exact_baselines_refuse_what_they_do_not_do(script: Any, recording: Path
     assert "more bits" in reasons(tensors)[0]
 
 
+@pytest.mark.long
 def test_jobs_are_timed_and_drawn(
     script: Any,
     recording: Path,

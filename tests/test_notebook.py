@@ -172,6 +172,7 @@ def test_the_notebook_stops_where_a_statement_is_not_true(
 # The worked analyses, and the notebook on the result that they begin with.
 
 
+@pytest.mark.long
 def test_the_analyses_run_and_so_does_the_notebook_on_the_sample(notebook, drawn, script, tmp_path):
     pytest.importorskip("torch")
     documents = script("execute_docs")

@@ -39,6 +39,7 @@ def not_ieee_in_pytorch():
     return names
 
 
+@pytest.mark.long
 def test_a_quick_certificate_holds_for_every_operation():
     ds = jaxaudit.cross_check("cpu")
     assert ds.operation.values.tolist() == [check.name for check in all_checks("cpu")]
