@@ -131,7 +131,9 @@ def _wait(client: Any, futures: Sequence[Any], tell: Callable[[int], None]) -> N
                         "they run out of memory; what is done is kept."
                     )
                 raise error
-        if "cancelled" in states or "lost" in states:
+        # A task that is "lost" was done by a worker that died since: the scheduler has it done once more, which takes
+        # no time, as its part is there.
+        if "cancelled" in states:
             raise _lost()
         done = states.count("finished")
         if done != told:
