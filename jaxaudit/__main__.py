@@ -13,7 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import described_parser, put, run
+from jaxaudit.terminal import described_parser, put_version, run
 
 #: What each module of jaxaudit.command_line does.
 COMMANDS = {
@@ -54,9 +54,7 @@ def _main(arguments: Sequence[str]) -> int:
         meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         p.error(f"unknown command {arguments[0]!r}; {meant}")
     if p.parse_args(arguments).version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", "jaxaudit")
+        return put_version("jaxaudit")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Files read by offset, and what every reader of files shares: the error, dtypes, JSON that is taken strictly."""
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -54,12 +55,12 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Closing:
+class Closing(abc.ABC):
     """Context that closes what is open at its end; a base class."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Give everything back that is open."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -55,6 +55,66 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; no result was written", file=sys.stderr)
         return 130
+
+
+def answer(
+    parser: Callable[[str], argparse.ArgumentParser],
+    work: Callable[[argparse.Namespace, str], int],
+    argv: Sequence[str] | None,
+    program: str,
+) -> int:
+    """Understand a command line and do the work, or say the version; return the exit status.
+
+    Args:
+        parser: describes the command line of a program of some name; it has the option --version.
+        work: is given what was understood, and the program's name.
+        argv: the arguments; by default those of the process.
+        program: as it was called.
+    """
+
+    def command() -> int:
+        arguments = parser(program).parse_args(argv)
+        return put_version(program) if arguments.version else work(arguments, program)
+
+    return run(command)
+
+
+def put_version(program: str) -> int:
+    """Write the package's version to stdout; return the exit status."""
+    from importlib.metadata import version
+
+    return put(f"jaxaudit {version('jaxaudit')}", program)
+
+
+def complete(
+    work: Callable[[Callable[..., None] | None], tuple[int, str, Sequence[str]]],
+    failure: type[Exception],
+    progress: tuple[str, str],
+    program: str,
+    *,
+    quiet: bool,
+) -> int:
+    """Do work under a progress bar, and say what came of it; return the exit status.
+
+    Args:
+        work: is given what shows progress; returns the exit status, what goes to stdout, and notices.
+        failure: what it raises for people to mend: one line, with the exit status as its `status`.
+        progress: what is being done, and what is counted (see `progress_bar`).
+        program: as it was called.
+        quiet: show no progress.
+    """
+    show, close = progress_bar(*progress, quiet=quiet)
+    try:
+        status, text, notices = work(show)
+    except failure as error:
+        close()
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
+    finally:
+        close()
+    for notice in notices:
+        print(f"{program}: {notice}", file=sys.stderr)
+    return put(text, program) or status
 
 
 def put(text: str, program: str) -> int:

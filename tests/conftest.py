@@ -78,12 +78,19 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def fresh_programs():
     """Trace anew, and forget afterwards what was made of tampered operations."""
-    from jaxaudit import conformance, free_running, replay  # xdist's controller needs no JAX
+    from jaxaudit import (  # xdist's controller needs no JAX
+        conformance,
+        free_running,
+        joint_replay,
+        replay,
+    )
 
     caches = (
         replay._flags_program,
         replay._results_program,
         free_running._step_program,
+        joint_replay._tally_program,
+        joint_replay._marked_program,
         conformance.inexact_operations,
     )
     for cache in caches:

@@ -41,17 +41,6 @@ def planted(run, width=64, **changes):
 
 
 @pytest.fixture
-def fresh_programs():
-    """Compile what a test alters anew, and again afterwards."""
-    programs = joint_replay._tally_program, joint_replay._marked_program
-    for program in programs:
-        program.cache_clear()
-    yield
-    for program in programs:
-        program.cache_clear()
-
-
-@pytest.fixture
 def finished(monkeypatch):
     """Count what teams came to: measured, or to be done one by one."""
     found = {True: 0, False: 0}

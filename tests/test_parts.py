@@ -176,17 +176,16 @@ def test_more_shards_than_tasks(whole):
 
 def test_one_of_two_last_shards_writes(whole, monkeypatch):
     run(shard="1/2")
-    with jaxaudit.open_recording("run.safetensors"):
-        merging = auditing.audit_groups
+    merging = auditing.audit_groups
 
-        def other_first(*arguments: Any, **options: Any) -> Any:
-            # While this one puts the parts together, the other finds all of them there, too.
-            status, text = run(shard="1/2")
-            assert status == 0 and text.startswith("Another process writes")
-            return merging(*arguments, **options)
+    def other_first(*arguments: Any, **options: Any) -> Any:
+        # While this one puts the parts together, the other finds all of them there, too.
+        status, text = run(shard="1/2")
+        assert status == 0 and text.startswith("Another process writes")
+        return merging(*arguments, **options)
 
-        monkeypatch.setattr(auditing, "audit_groups", other_first)
-        run(shard="2/2")
+    monkeypatch.setattr(auditing, "audit_groups", other_first)
+    run(shard="2/2")
     assert OUTPUT.read_bytes() == whole
 
 
@@ -338,7 +337,7 @@ run_audit(AuditRequest(recording="run.safetensors", arithmetic="torch-cpu-loop,f
 """
 
 
-def test_kill_at_any_moment(whole, folder, monkeypatch):
+def test_kill_at_any_moment(folder, monkeypatch):
     """As soon as a part appears, and at a random moment after the start."""
     monkeypatch.setattr(sys, "argv", ["run_audit.py"])
     run()

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
 
 _NAME = "jaxaudit audit"
 
@@ -79,30 +79,23 @@ def parser(program: str = _NAME) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser(program).parse_args(argv), program))
+    return answer(parser, _main, argv, program)
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    if arguments.version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", program)
     from jaxaudit.commands import AuditRequest, Failure
     from jaxaudit.models.command import run_audit
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
-    progress, close = progress_bar("replaying", "B", quiet=arguments.quiet)
 
     def notice(text: str) -> None:
         if not arguments.quiet:
             print(f"{program}: {text}", file=sys.stderr)
 
-    try:
-        status, text = run_audit(request, progress, notice)
-    except Failure as failure:
-        close()
-        print(f"{program}: error: {failure}", file=sys.stderr)
-        return failure.status
-    finally:
-        close()
-    return put(text, program) or status
+    return complete(
+        lambda progress: (*run_audit(request, progress, notice), ()),
+        Failure,
+        ("replaying", "B"),
+        program,
+        quiet=arguments.quiet,
+    )

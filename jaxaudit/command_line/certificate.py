@@ -16,10 +16,10 @@ cannot be written, or not enough memory; 130 interrupted.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import Any
 
-from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
 
 _NAME = "jaxaudit certificate"
 
@@ -45,27 +45,17 @@ def parser(program: str = _NAME) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser(program).parse_args(argv), program))
+    return answer(parser, _main, argv, program)
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    if arguments.version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", program)
     from jaxaudit.commands import Failure
     from jaxaudit.rounding.command import CrossCheckRequest, cross_check_rounding
 
     wanted = {k: v for k, v in vars(arguments).items() if k not in ("version", "quick", "quiet")}
-    progress, close = progress_bar("comparing", " results", quiet=arguments.quiet)
-    try:
+
+    def work(progress: Any) -> tuple[int, str, Sequence[str]]:
         outcome = cross_check_rounding(CrossCheckRequest(**wanted), progress)
-    except Failure as failure:
-        close()
-        print(f"{program}: error: {failure}", file=sys.stderr)
-        return failure.status
-    finally:
-        close()
-    for notice in outcome.notices:
-        print(f"{program}: {notice}", file=sys.stderr)
-    return put(outcome.text, program) or outcome.status
+        return outcome.status, outcome.text, outcome.notices
+
+    return complete(work, Failure, ("comparing", " results"), program, quiet=arguments.quiet)

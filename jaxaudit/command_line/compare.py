@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import add_usual_options, described_parser, progress_bar, put, run
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
 
 _NAME = "jaxaudit compare"
 
@@ -49,14 +49,10 @@ def parser(program: str = _NAME) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser(program).parse_args(argv), program))
+    return answer(parser, _main, argv, program)
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    if arguments.version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", program)
     if arguments.b is None:  # not argparse's to check, or --version would need both
         print(f"{program}: error: two files are needed, A and B; see --help", file=sys.stderr)
         return 2
@@ -64,13 +60,10 @@ def _main(arguments: argparse.Namespace, program: str) -> int:
     from jaxaudit.divergence.command import CompareRequest, compare_runs
 
     request = CompareRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
-    progress, close = progress_bar("comparing", "B", quiet=arguments.quiet)
-    try:
-        status, text = compare_runs(request, progress)
-    except Failure as failure:
-        close()
-        print(f"{program}: error: {failure}", file=sys.stderr)
-        return failure.status
-    finally:
-        close()
-    return put(text, program) or status
+    return complete(
+        lambda progress: (*compare_runs(request, progress), ()),
+        Failure,
+        ("comparing", "B"),
+        program,
+        quiet=arguments.quiet,
+    )

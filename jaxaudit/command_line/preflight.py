@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import described_parser, put, run
+from jaxaudit.terminal import answer, described_parser, put
 
 _NAME = "jaxaudit preflight"
 
@@ -49,14 +49,10 @@ def parser(program: str = _NAME) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
     """Run the command; return its exit status."""
-    return run(lambda: _main(parser(program).parse_args(argv), program))
+    return answer(parser, _main, argv, program)
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    if arguments.version:
-        from importlib.metadata import version
-
-        return put(f"jaxaudit {version('jaxaudit')}", program)
     import json
 
     from jaxaudit.preflight import preflight

@@ -71,8 +71,7 @@ def _audit_model(
         if request.report:
             outputs.append(Path(request.report))
         commands.check_outputs(outputs, read, overwrite=request.overwrite)
-        audit = _audit_of(request, model, wanted, ledger, progress)
-        stated = _manifest(request, model, wanted, ledger)
+        audit, stated = _prepared(request, model, wanted, ledger, progress)
         parts = opened.enter_context(commands.kept_parts(request, output, stated, notice))
         told = progress and (lambda done, of: progress(done, of, model.steps))
         mine = commands.own_tasks(request, audit.tasks, parts, one_task, told)
@@ -97,8 +96,7 @@ def one_task(request: AuditRequest, name: str) -> None:
 def _held(request: AuditRequest) -> tuple[ModelAudit, Parts]:
     wanted, ledger = commands.begin(request)
     model = open_model(request.recording or "")
-    audit = _audit_of(request, model, wanted, ledger, None)
-    stated = _manifest(request, model, wanted, ledger)
+    audit, stated = _prepared(request, model, wanted, ledger, None)
     return audit, Parts(commands.parts_path(_output(request, model)), stated)
 
 
@@ -106,26 +104,33 @@ def _output(request: AuditRequest, model: ModelRecording) -> Path:
     return Path(request.output or Path("results") / f"{model.path.absolute().name}.nc")
 
 
-def _audit_of(
+def _prepared(
     request: AuditRequest,
     model: ModelRecording,
     wanted: list[str],
     ledger: LedgerOptions | None,
     progress: Progress | None,
-) -> ModelAudit:
+) -> tuple[ModelAudit, dict[str, Any]]:
+    """Return the audit, and what decides its result (see `parts.Parts`)."""
     groups = open_token_groups(request.token_groups) if request.token_groups else None
+    options: dict[str, Any] = {
+        "arithmetics": wanted,
+        "backend": request.backend,
+        "steps": _steps(request, model),
+        "ledger": ledger,
+    }
+    path, state = model.path.absolute(), str(model.steps)
+    stated = commands.manifest(path, state, groups, options) | {"parameters": request.parameters}
     try:
-        return ModelAudit(
+        audit = ModelAudit(
             model,
             groups,
             parameters=request.parameters,
-            arithmetics=wanted,
-            backend=request.backend,
             devices=request.devices,
-            steps=_steps(request, model),
             progress=progress,
-            ledger=ledger,
+            **options,
         )
+        return audit, stated
     except FileError:
         raise
     except ValueError as error:
@@ -133,21 +138,6 @@ def _audit_of(
             raise
         option = "--" if str(error).startswith("parameters") else "--steps: "
         raise Failure(f"{option}{error}", WRONG_USAGE) from error
-
-
-def _manifest(
-    request: AuditRequest, model: ModelRecording, wanted: list[str], ledger: LedgerOptions | None
-) -> dict[str, Any]:
-    """Return what decides the result (see `parts.Parts`)."""
-    groups = open_token_groups(request.token_groups) if request.token_groups else None
-    options = {
-        "arithmetics": wanted,
-        "backend": request.backend,
-        "steps": _steps(request, model),
-        "ledger": ledger,
-    }
-    found = commands.manifest(model.path.absolute(), str(model.steps), groups, options)
-    return found | {"parameters": request.parameters}
 
 
 def _refuse_single(request: AuditRequest) -> None:

@@ -6,6 +6,7 @@ largest one behind room kept for the header in what becomes the recording, the o
 files of the same folder, which vanish with the process. `RecordingWriter.close` puts them together.
 """
 
+import abc
 import contextlib
 import datetime
 import errno
@@ -101,24 +102,24 @@ class _Stream:
         write_at(self.file, self.start + timestep * self.layout.nbytes, data)
 
 
-class Finishing:
+class Finishing(abc.ABC):
     """Context that closes a recording at its end; a base class of writers and recorders.
 
     Where an exception comes before the first step is complete, the recording is given up instead.
     """
 
     @property
+    @abc.abstractmethod
     def steps(self) -> int:
         """Complete steps so far."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Complete the recording."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def abort(self) -> None:
         """Leave nothing behind."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Return the recorder."""
