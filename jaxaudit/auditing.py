@@ -21,13 +21,16 @@ from jaxaudit.parts import Parts
 from jaxaudit.recording import Recording, TokenGroups, Window, token_groups_of
 from jaxaudit.safetensors_file import FileError
 from jaxaudit.strips import Countable, Numbers, Strip, members_within, strips_of
-from jaxaudit.workbench import Candidate, Workbench, check_steps
+from jaxaudit.workbench import WINDOWS_HELD, Candidate, Workbench, check_steps
 
 #: Told at the start and after each window: bytes of the recording done, bytes in all, and the last of as many timesteps as
 #: these bytes come to.
 Progress = Callable[[int, int, int], None]
 
 _USUAL = LedgerOptions()
+
+#: Windows that the ledger may be behind the accounting.
+_BEHIND = 1
 
 
 def audit(
@@ -309,17 +312,22 @@ class Audit(contextlib.ExitStack):
                 accountant.run_up(window)
         for window, arrays in self._one_ahead(strip):
             members = members_within(self._groups, window)
-            if book:
+            if book and not book.waits:
                 book.take(window, arrays, members)
             accountant.account(window, arrays, members)
+            if book and book.waits:
+                book.take(window, arrays, members)
             if book:
-                book.finish()  # what it counts on the host goes on beside the accounting
+                book.finish(_BEHIND)
             self._advance_window(window)
+        if book:
+            book.finish()
 
     def _one_ahead(self, strip: Strip) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
         """Return each window after the next one was started, so that the device never waits for the host."""
         held = None
-        for window in self._bench.windows(self._bench.steps, [strip]):
+        held_windows = WINDOWS_HELD + (_BEHIND if self._book else 0)
+        for window in self._bench.windows(self._bench.steps, [strip], held=held_windows):
             arrays = self._bench.put(window)
             self._accountant.start(window, arrays)
             if held:

@@ -23,7 +23,6 @@ from jaxaudit.operations import (
     operations_of,
 )
 from jaxaudit.replay import (
-    TRIED,
     Recorded,
     Replayer,
     SelfTestError,
@@ -31,6 +30,7 @@ from jaxaudit.replay import (
     hard_patterns,
     no_subnormals,
     trial_scalars,
+    tried_of,
     widened,
 )
 from jaxaudit.scalars import Rule
@@ -163,8 +163,8 @@ class FreeRun:
                 after[name] = program(np.uint32(0), k, at, arrays, tails.get(name), *own)
             found.append(after)
             before = after
-        together, last = _together_program(self._device), tuple(found[steps - 1].values())
-        run = {name: together([after[name] for after in found]) for name in wanted}
+        last = tuple(found[steps - 1].values())
+        run = {name: _stacked([after[name] for after in found], self._device) for name in wanted}
         formats = tuple(self.step.format_of(name) for name in self.hidden)
         return last, run, _nonfinite_program(formats, self._device)(last)
 
@@ -242,7 +242,7 @@ def advance(
 def _verdict(run: FreeRun, replayer: Replayer, rule: Rule, formulation: Formulation) -> str:
     """Try the compiled run on hard inputs in its own shapes; return "" or what came out wrong."""
     step, (steps, elements) = run.step, replayer.shape
-    tried, rng = min(TRIED, elements), np.random.default_rng(21)
+    tried, rng = tried_of(replayer.shape), np.random.default_rng(21)
     scalars, size = trial_scalars(step, rule, steps), rng.integers(-26, -4, tried)
     window, state = {}, {}
     for name, fmt in run.formats.items():
@@ -308,9 +308,27 @@ def _join_program(device: Device) -> Callable:
     return compile_exactly(lambda first, rest: jnp.concatenate([first[None], rest]), device)
 
 
+#: Timesteps that one program puts together; the time that XLA needs to compile it grows faster than their number.
+_TOGETHER = 32
+
+
+def _stacked(rows: list[jax.Array], device: Device) -> jax.Array:
+    """Put arrays of each timestep together, (steps, elements)."""
+    stack, append = _together_program(device), _append_program(device)
+    parts = [stack(rows[k : k + _TOGETHER]) for k in range(0, len(rows), _TOGETHER)]
+    while len(parts) > 1:
+        parts = [append(parts[k : k + _TOGETHER]) for k in range(0, len(parts), _TOGETHER)]
+    return parts[0]
+
+
 @functools.lru_cache(maxsize=8)
 def _together_program(device: Device) -> Callable:
     return compile_exactly(jnp.stack, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _append_program(device: Device) -> Callable:
+    return compile_exactly(jnp.concatenate, device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -41,8 +41,11 @@ Recorded = Mapping[str, Any]
 DIFFERS = np.uint8(1)
 STRAY = np.uint8(2)
 
-#: Elements of each timestep that the self-test tries, and how many results it chooses them from.
+#: Elements of each timestep that the self-test tries at most, and how many results it chooses them from.
 TRIED, _DRAWN = 1 << 12, 1 << 18
+
+#: How many elements it tries at most in all timesteps, short of one in each.
+_TRIED_IN_ALL = 1 << 17
 
 
 class SelfTestError(RuntimeError):
@@ -305,7 +308,7 @@ class Replayer:
 
     def _try(self, program: Program, formulation: Formulation) -> str:
         """Run the compiled programs on hard inputs; return "" or the first wrong result."""
-        tried = min(TRIED, self.shape[1])
+        tried = tried_of(self.shape)
         trial = Trial(program, formulation, self.shape, tried)
         try:
             window, tail = self._placed(trial.window, trial.tail)
@@ -464,6 +467,12 @@ def trial_scalars(step: Step, rule: Rule, steps: int) -> Scalars:
         weight_decay=0.01,
     )
     return scalars_of(step, rule, given, [1 + 37 * k for k in range(steps)])
+
+
+def tried_of(shape: tuple[int, int]) -> int:
+    """Return how many elements of each timestep a self-test tries, of a window of (steps, elements)."""
+    steps, elements = shape
+    return min(TRIED, elements, max(_TRIED_IN_ALL // steps, 1))
 
 
 def no_subnormals(scalars: Scalars) -> bool:

@@ -1,6 +1,7 @@
 """A recording on a device: what turns the windows of the one into programs of the other."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -107,6 +108,8 @@ class Workbench:
             alone = Placement(devices[:1], recording.width)
             self.replayer_together = Replayer(alone, recording.formats, shape, self.replayer.note)
         self.moment_formats = _moment_formats(recording, steps)
+        #: The ledger asks for scalars and tails from threads of its own.
+        self._lock = threading.Lock()
         self._tails: dict[tuple[object, ...], tuple[NDArray[np.uint8], jax.Array]] = {}
         self._scalars: dict[Candidate, dict[int, Scalars]] = {}
         self._known: dict[Candidate, _Facts] = {}
@@ -222,6 +225,7 @@ class Workbench:
         steps: tuple[int, int],
         strips: Sequence[Strip] | None = None,
         names: tuple[str, ...] | None = None,
+        held: int = WINDOWS_HELD,
     ) -> Iterator[Window]:
         """Read windows of the bench's shape.
 
@@ -229,10 +233,11 @@ class Workbench:
             steps: range of steps.
             strips: which rows; those of several follow one another within the steps of a window. By default all.
             names: which tensors; by default all.
+            held: how many windows stay as they are: the latest ones.
         """
         ranges = [(strip.rows, strip.overlap) for strip in strips or self.strips]
         rows, names = ranges[0][0][1] - ranges[0][0][0], names or self.names
-        return self.recording.windows(steps, self.length, rows, names, WINDOWS_HELD, ranges)
+        return self.recording.windows(steps, self.length, rows, names, held, ranges)
 
     def bytes(self, steps: int, rows: int, names: tuple[str, ...] | None = None) -> int:
         """Bytes that so many rows take in so many timesteps; by default of all tensors."""
@@ -309,13 +314,14 @@ class Workbench:
 
     def scalars(self, candidate: Candidate, window: Window) -> Scalars:
         """Return the scalars of a window's steps; beyond the last step they are repeated."""
-        known = self._scalars.setdefault(candidate, {})
-        if window.first not in known:
-            while len(known) >= _SCALARS_HELD:
-                del known[next(iter(known))]
-            index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
-            known[window.first] = self.scalars_at(candidate, index)
-        return known[window.first]
+        with self._lock:
+            known = self._scalars.setdefault(candidate, {})
+            if window.first not in known:
+                while len(known) >= _SCALARS_HELD:
+                    del known[next(iter(known))]
+                index = [min(window.first + k, self.steps[1] - 1) for k in range(self.length)]
+                known[window.first] = self.scalars_at(candidate, index)
+            return known[window.first]
 
     def scalars_at(
         self, candidate: Candidate, timesteps: Sequence[int], nudges: Sequence[Nudge] | None = None
@@ -328,10 +334,15 @@ class Workbench:
         rule = candidate.arithmetic.rule
         return scalars_of(self.step(candidate), rule, given, timesteps, nudges)
 
+    def certain(self, candidate: Candidate) -> bool:
+        """Tell whether all scalars of a candidate are known exactly."""
+        return len(candidate.arithmetic.nudges(candidate.given)) == 1
+
     def nudge(self, candidate: Candidate, nudges: dict[int, Nudge]) -> None:
         """Set the nudges of some timesteps."""
         self.nudges.setdefault(candidate, {}).update(nudges)
-        self._scalars.pop(candidate, None)
+        with self._lock:
+            self._scalars.pop(candidate, None)
         self._keys.clear()
 
     def tail(self, candidate: Candidate, rows: tuple[int, int]) -> NDArray[np.uint8]:
@@ -346,18 +357,22 @@ class Workbench:
         matters = depends_on_tail(arithmetic, step)
         kind = (arithmetic.tail, candidate.options.threads, step.storage)
         key = (*rows, *(kind if matters else ()))
-        if key not in self._tails:
-            width = self.recording.width
-            if matters:
-                elements, size = self.recording.parameter_elements()
-                elements = elements[rows[0] * width : rows[1] * width]
-                found = tail_elements(
-                    arithmetic, step.storage, elements, size, candidate.options.threads
-                )
-            else:
-                found = np.zeros((rows[1] - rows[0]) * width, np.uint8)
-            self._tails[key] = found, self.placement.put_one(found)
-        return self._tails[key]
+        with self._lock:
+            if key not in self._tails:
+                found = self._tail_of(candidate, rows, matters=matters)
+                self._tails[key] = found, self.placement.put_one(found)
+            return self._tails[key]
+
+    def _tail_of(
+        self, candidate: Candidate, rows: tuple[int, int], *, matters: bool
+    ) -> NDArray[np.uint8]:
+        width, arithmetic = self.recording.width, candidate.arithmetic
+        if not matters:
+            return np.zeros((rows[1] - rows[0]) * width, np.uint8)
+        elements, size = self.recording.parameter_elements()
+        elements = elements[rows[0] * width : rows[1] * width]
+        storage, threads = self.step(candidate).storage, candidate.options.threads
+        return tail_elements(arithmetic, storage, elements, size, threads)
 
     def start(
         self, candidates: Sequence[Candidate], window: Window, arrays: Recorded
@@ -413,8 +428,7 @@ class Workbench:
     def _worth_measuring(self, candidate: Candidate) -> bool:
         recording = self.recording
         elements = (self.steps[1] - self.steps[0]) * recording.tokens * recording.width
-        certain = len(candidate.arithmetic.nudges(candidate.given)) == 1
-        return certain and elements >= JOINT_ELEMENTS
+        return self.certain(candidate) and elements >= JOINT_ELEMENTS
 
     def measured(self, candidate: Candidate, stage: Stage, window: Window) -> Measured | None:
         """Return what a stage that is known to differ came to, where it was measured and nothing stood in the way."""
@@ -503,7 +517,7 @@ class Workbench:
     ) -> bool:
         """Look for better values of scalars that are not known exactly; tell whether some were found."""
         nudges, settled = candidate.arithmetic.nudges(candidate.given), {}
-        if len(nudges) == 1 or flags is None:
+        if self.certain(candidate) or flags is None:
             return False
         for k in np.flatnonzero(flags.any(axis=1)).tolist():
             if self._hopeless.get(candidate, 0) >= _PATIENCE:

@@ -1,5 +1,6 @@
 """Runs one part of the ledger over a recording, as the audit does."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jaxaudit
 from jaxaudit.arithmetics import VARIANTS, Options
 from jaxaudit.devices import find_device
-from jaxaudit.ledger.subject import Aside, Seen, Subject
+from jaxaudit.ledger.subject import Aside, Errands, Seen, Subject
 from jaxaudit.recording import Recording, TokenGroups, token_groups_of
 from jaxaudit.strips import members_within
 from jaxaudit.workbench import Candidate, Workbench, check_steps
@@ -69,7 +70,9 @@ def _observe(
         for strip in bench.strips:
             for window in bench.windows(steps, [strip]):
                 arrays = bench.with_hidden(candidate, window, bench.put(window))
-                seen = Seen(window, arrays, members_within(groups, window), aside.later)
+                errands = Errands()
+                later = functools.partial(errands.later, aside)
+                seen = Seen(window, arrays, members_within(groups, window), later)
                 for take in takers:
                     take(seen)
-                aside.finish()
+                errands.finish()

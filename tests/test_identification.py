@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ torch = pytest.importorskip("torch")
 import runs  # noqa: E402  (needs torch)
 
 import jaxaudit  # noqa: E402
+from jaxaudit.accounting import Accountant  # noqa: E402
 from jaxaudit.arithmetics import CATALOGUE, VARIANTS, Options, make_step  # noqa: E402
+from jaxaudit.auditing import audit_groups  # noqa: E402
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, FORMATS, round_scalar  # noqa: E402
 from jaxaudit.hyperparameters import StepCount  # noqa: E402
+from jaxaudit.ledger.counterfactual import Counterfactual  # noqa: E402
 from jaxaudit.safetensors_file import FileError  # noqa: E402
 from jaxaudit.steps import STAGES  # noqa: E402
 
@@ -163,6 +167,28 @@ def test_schedule_known_as_float32_only(fmt, tmp_path):
     assert (found.mismatch_count == 0).all()
     told = json.loads(found.attrs["arithmetics"])["torch-cpu-loop"]
     assert (told["uncertain_scalars_settled"] > 0) == (fmt is FLOAT32)
+
+
+def test_the_ledger_takes_scalars_as_they_were_settled(tmp_path, monkeypatch):
+    """Whichever thread is slower: the accounting, which settles them window by window, or the remedies."""
+    rates = 3e-3 * (1 + np.cos(np.arange(6) / 7)) / 2
+    run = made("loop", FLOAT32, 400, 6, rates=rates, weight_decay=0.1)
+    path = runs.save(tmp_path / "run.safetensors", run, rates=np.float32)
+
+    def taken(slow):
+        with monkeypatch.context() as patch, jaxaudit.open_recording(path) as recording:
+            work = getattr(*slow)
+            patch.setattr(
+                *slow, lambda *given, **named: (time.sleep(0.2), work(*given, **named))[1]
+            )
+            options = {"arithmetics": "torch-cpu-loop", "backend": "cpu", "window_steps": 3}
+            return audit_groups(recording, **options)
+
+    a, b = taken((Accountant, "account")), taken((Counterfactual, "take"))
+    assert json.loads(a[""].attrs["arithmetics"])["torch-cpu-loop"]["uncertain_scalars_settled"]
+    for group in ("updates", "moments", "counterfactual"):
+        for name, variable in a[group].data_vars.items():
+            assert variable.values.tobytes() == b[group][name].values.tobytes(), (group, name)
 
 
 def numpy_run(count, steps=4, size=60, beta2=0.95, first=1, **given):

@@ -22,7 +22,7 @@ from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32, Format, decode, encode
 from jaxaudit.ledger import clusters
 from jaxaudit.ledger import lattice as lattice_module
 from jaxaudit.ledger.lattice import Lattice
-from jaxaudit.ledger.subject import Aside, Seen, Subject
+from jaxaudit.ledger.subject import Aside, Errands, Seen, Subject
 from jaxaudit.ledger.variables import LATTICE
 from jaxaudit.ledger.variables import TOKENS as LIVES
 from jaxaudit.recording import TokenGroups, token_groups_of
@@ -67,9 +67,11 @@ def run(
         for strip in bench.strips:
             lattice.forget()
             for window in bench.windows(steps, [strip]):
-                seen = Seen(window, bench.put(window), members_within(groups, window), aside.later)
+                errands = Errands()
+                later = functools.partial(errands.later, aside)
+                seen = Seen(window, bench.put(window), members_within(groups, window), later)
                 lattice.take(seen)
-                aside.finish()
+                errands.finish()
                 for buffer in window.tensors.values():  # the reader fills it anew
                     buffer.view(np.uint8)[:] = 0xA5
         alike.follow(lambda window: None)

@@ -80,7 +80,8 @@ class GroupCounter:
         for k, tokens in enumerate(groups.members.values()):
             member[tokens, k] = True
         kinds, kind = np.unique(member, axis=0, return_inverse=True)
-        self._kinds = np.concatenate([kinds, np.zeros((1, kinds.shape[1]), bool)])
+        #: How many kinds of tokens there are, that of tokens in no group as the last; and those of each group.
+        self._count, self._kinds_of = len(kinds) + 1, [np.flatnonzero(inside) for inside in kinds.T]
         self._kind = kind.reshape(-1)
         self._width, self._device = width, device
         self._offsets: dict[tuple[tuple[int, int], int], jax.Array] = {}
@@ -101,7 +102,7 @@ class GroupCounter:
         key = (window.own, bins)
         if key not in self._offsets:
             kind = self._kind[slice(*window.rows)].copy()
-            kind[: window.overlap] = len(self._kinds) - 1
+            kind[: window.overlap] = self._count - 1
             kind = np.repeat(kind * bins, self._width)
             self._offsets[key] = jax.device_put(kind.astype(np.int32), self._device)
         return self._offsets[key]
@@ -114,9 +115,10 @@ class GroupCounter:
             steps: how many rows count.
             bins: number of codes.
         """
-        found = np.empty((steps, self._kinds.shape[1], bins), np.int64)
+        found = np.zeros((steps, len(self._kinds_of), bins), np.int64)
         for row, counts in zip(np.asarray(codes), found, strict=False):
-            by_kind = np.bincount(row, minlength=len(self._kinds) * bins).reshape(-1, bins)
-            for g, kinds in enumerate(self._kinds.T):
-                counts[g] = by_kind[kinds].sum(axis=0)
+            by_kind = np.bincount(row, minlength=self._count * bins).reshape(-1, bins)
+            for mine, kinds in zip(counts, self._kinds_of, strict=True):
+                for kind in kinds:
+                    mine += by_kind[kind]
         return found

@@ -1,5 +1,8 @@
 """The whole ledger of one recording: hands each window to every part, in order."""
 
+import collections
+import functools
+
 import jax
 import numpy as np
 import xarray as xr
@@ -10,7 +13,7 @@ from jaxaudit.ledger.clusters import Clusters
 from jaxaudit.ledger.counterfactual import Counterfactual
 from jaxaudit.ledger.lattice import Lattice
 from jaxaudit.ledger.moments import Moments
-from jaxaudit.ledger.subject import Aside, LedgerOptions, Seen, Subject
+from jaxaudit.ledger.subject import Aside, Errands, LedgerOptions, Seen, Subject
 from jaxaudit.ledger.updates import Updates
 from jaxaudit.recording import Window
 from jaxaudit.replay import Recorded, SelfTestError
@@ -42,7 +45,13 @@ class Ledger(Countable):
     def __init__(self, subject: Subject, options: LedgerOptions):
         _require_float64(subject)
         self._subject = subject
-        self._aside = Aside(subject.bench.device)
+        #: Whether windows must be accounted for first, where scalars that are not known exactly are settled.
+        self.waits = not (subject.chosen is None or subject.bench.certain(subject.chosen))
+        # What the device has to do is started beside the accounting, which then need not wait for a compiler.
+        # What comes of it is counted while the device goes on, with the steps of the remedies above all.
+        self._threads = tuple(Aside(subject.bench.device) for _ in range(3))
+        self._starting, self._counting, self._stepping = self._threads
+        self._behind: collections.deque[Errands] = collections.deque()
         self.clusters = Clusters(subject)
         self._lattice = Lattice(subject, per_token=options.per_token)
         known = subject.chosen is not None
@@ -56,32 +65,36 @@ class Ledger(Countable):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._aside.__exit__()
+        for thread in self._threads:
+            thread.__exit__()
 
     def take(self, window: Window, arrays: Recorded, members: list[NDArray[np.int64]]) -> None:
-        """Take a window into account; `finish` must follow.
+        """Start to take a window into account, which goes on until `finish`.
 
         Args:
             window: the window.
             arrays: its recorded patterns, on the devices.
             members: each group's own rows in it.
         """
-        subject = self._subject
+        subject, errands = self._subject, Errands()
         arrays = subject.bench.put_together(subject.chosen, window, arrays)
-        seen = Seen(window, arrays, members, self._aside.later)
+        seen = Seen(window, arrays, members, functools.partial(errands.later, self._counting))
+        errands.later(self._starting, lambda: self._start(seen, errands))
+        self._behind.append(errands)
+
+    def _start(self, seen: Seen, errands: Errands) -> None:
         lost: jax.Array | None = self._updates.take(seen) if self._updates else None
         if self._moments:
             self._moments.take(seen)
         self._lattice.take(seen)
         remedies = self._counterfactual
-        if (
-            remedies and lost is not None
-        ):  # the longest part: beside whatever the caller does until `finish`
-            self._aside.later(lambda: remedies.take(seen, lost))
+        if remedies and lost is not None:
+            errands.later(self._stepping, lambda: remedies.take(seen, lost))
 
-    def finish(self) -> None:
-        """Wait until nothing of the window is left to do; its arrays may then be filled anew."""
-        self._aside.finish()
+    def finish(self, behind: int = 0) -> None:
+        """Wait until windows are done, whose arrays may then be filled anew: all but so many of the latest."""
+        while len(self._behind) > behind:
+            self._behind.popleft().finish()
 
     def datasets(self) -> dict[str, xr.Dataset]:
         """Return the dataset of each group, by its name."""

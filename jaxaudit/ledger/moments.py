@@ -115,8 +115,8 @@ class Moments(Countable):
         limits = _limits(subject, self._rule, seen.window)
         own32 = self._twin.advance(seen)
         # Each is counted on the host while the device computes the next.
-        pairs = self._ratios.code(seen, limits.added, own32)
-        seen.later(lambda: self._ratios.count(seen, limits.added, own32, pairs))
+        near, pairs = self._ratios.code(seen, limits.added, own32)
+        seen.later(lambda: self._ratios.count(seen, limits.added, own32, near, pairs))
         facts = _facts_program(layout, device)(
             np.uint32(0),
             {name: limits.scalars[name] for name in layout.scalars},
@@ -410,15 +410,15 @@ class _Ratios(Countable):
 
     def code(
         self, seen: Seen, added: NDArray[np.float64], own32: Mapping[str, jax.Array]
-    ) -> jax.Array:
-        """Compute the codes of a window's pairs of ratios, (length, elements)."""
-        formats = tuple(fmt for _, _, fmt in self._seconds)
-        return _pairs_program(formats, self._subject.bench.device)(
+    ) -> tuple[NDArray[np.int32], jax.Array]:
+        """Compute the codes of a window's pairs of ratios, (length, elements); tell the first bins, too."""
+        formats, near = tuple(fmt for _, _, fmt in self._seconds), self._near
+        return near, _pairs_program(formats, self._subject.bench.device)(
             np.uint32(0),
             tuple(seen.arrays[key] for _, key, _ in self._seconds),
             tuple(own32[name] for name, _, _ in self._seconds),
             added,
-            self._near,
+            near,
             self._counter.offsets(seen.window, _PAIRS),
         )
 
@@ -427,12 +427,13 @@ class _Ratios(Countable):
         seen: Seen,
         added: NDArray[np.float64],
         own32: Mapping[str, jax.Array],
+        near: NDArray[np.int32],
         codes: jax.Array,
     ) -> None:
-        """Count a window."""
+        """Count a window, whose codes were computed with these first bins."""
         found = np.asarray(codes)[: seen.window.steps]
         for first in range(0, len(found), self._length):
-            self._count_steps(seen, first, added, own32, found[first : first + self._length])
+            self._count_steps(seen, first, added, own32, near, found[first : first + self._length])
         self._near = self._middle()
 
     def _count_steps(
@@ -441,16 +442,17 @@ class _Ratios(Countable):
         first: int,
         added: NDArray[np.float64],
         own32: Mapping[str, jax.Array],
+        near: NDArray[np.int32],
         codes: NDArray[np.int32],
     ) -> None:
         """Count some steps from the window's `first` on."""
         steps = len(codes)
         self._histograms[:] = 0
         pairs = self._counter.count(codes, steps, _PAIRS)  # type: ignore[arg-type]
-        near = pairs[..., :_UNCOUNTED].reshape(*pairs.shape[:2], _NEAR, _NEAR)
+        inside = pairs[..., :_UNCOUNTED].reshape(*pairs.shape[:2], _NEAR, _NEAR)
         for k, axis in enumerate((-1, -2)):
-            at = slice(self._near[k], self._near[k] + _NEAR)
-            self._histograms[k, :steps, :, at] += near.sum(axis=axis)
+            at = slice(near[k], near[k] + _NEAR)
+            self._histograms[k, :steps, :, at] += inside.sum(axis=axis)
         if pairs[..., _ELSEWHERE].any():
             self._count_elsewhere(seen, first, added, own32, codes)
         begin = self._subject.place(seen.window).start + first

@@ -125,7 +125,7 @@ class Seen:
 
 
 class Aside:
-    """Runs work on the host beside the device's, on one thread; `finish` waits for it.
+    """Runs work on the host beside the device's, on one thread, in order.
 
     JAX's settings belong to threads: work runs under those that the audit itself runs under.
     """
@@ -133,7 +133,6 @@ class Aside:
     def __init__(self, device: Device):
         self._device = device
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "ledger")
-        self._running: list[concurrent.futures.Future[None]] = []
 
     def __enter__(self) -> "Aside":
         return self
@@ -141,18 +140,29 @@ class Aside:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def later(self, work: Callable[[], None]) -> None:
+    def start(self, work: Callable[[], None]) -> concurrent.futures.Future[None]:
         """Start work as soon as what came before it is done."""
-        self._running.append(self._pool.submit(self._run, work))
+        return self._pool.submit(self._run, work)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        with jax.enable_x64(True), jax.default_device(self._device):
+            work()
+
+
+class Errands:
+    """What is to be done of one window; `finish` waits for it."""
+
+    def __init__(self) -> None:
+        self._running: list[concurrent.futures.Future[None]] = []
+
+    def later(self, aside: Aside, work: Callable[[], None]) -> None:
+        """Start work as soon as a thread is through with what it was given before."""
+        self._running.append(aside.start(work))
 
     def finish(self) -> None:
         """Wait until nothing is left; what the work raised is raised here."""
         while self._running:  # work may start more work
             self._running.pop(0).result()
-
-    def _run(self, work: Callable[[], None]) -> None:
-        with jax.enable_x64(True), jax.default_device(self._device):
-            work()
 
 
 @dataclasses.dataclass(frozen=True)
