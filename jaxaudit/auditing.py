@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from jaxaudit import history
 from jaxaudit.accounting import Accountant, Divergence, Tables
@@ -29,8 +30,8 @@ Progress = Callable[[int, int, int], None]
 
 _USUAL = LedgerOptions()
 
-#: Windows that the ledger may be behind the accounting.
-_BEHIND = 1
+#: A window, its recorded patterns on the devices, and each token group's rows in it.
+_Started = tuple[Window, dict[str, jax.Array], list[NDArray[np.int64]]]
 
 
 def audit(
@@ -310,29 +311,29 @@ class Audit(contextlib.ExitStack):
         if bench.steps[0] > 1 and accountant.needs_run_up:
             for window in bench.windows((1, bench.steps[0]), [strip]):
                 accountant.run_up(window)
-        for window, arrays in self._one_ahead(strip):
-            members = members_within(self._groups, window)
-            if book and not book.waits:
-                book.take(window, arrays, members)
+        for window, arrays, members in self._one_ahead(strip):
             accountant.account(window, arrays, members)
-            if book and book.waits:
-                book.take(window, arrays, members)
             if book:
-                book.finish(_BEHIND)
+                if book.waits:
+                    book.take(window, arrays, members)
+                book.finish(behind=1)
             self._advance_window(window)
         if book:
             book.finish()
 
-    def _one_ahead(self, strip: Strip) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
+    def _one_ahead(self, strip: Strip) -> Iterator[_Started]:
         """Return each window after the next one was started, so that the device never waits for the host."""
-        held = None
-        held_windows = WINDOWS_HELD + (_BEHIND if self._book else 0)
-        for window in self._bench.windows(self._bench.steps, [strip], held=held_windows):
-            arrays = self._bench.put(window)
-            self._accountant.start(window, arrays)
+        book, held = self._book, None
+        # A ledger that waits for the accounting is behind by a window when that starts the next but one.
+        kept = WINDOWS_HELD + bool(book and book.waits)
+        for window in self._bench.windows(self._bench.steps, [strip], held=kept):
+            started = window, self._bench.put(window), members_within(self._groups, window)
+            if book and not book.waits:
+                book.take(*started)
+            self._accountant.start(*started[:2])
             if held:
                 yield held
-            held = window, arrays
+            held = started
         if held:
             yield held
 

@@ -14,17 +14,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 
-from jaxaudit import auditing, identification, plots, report, results, summary, workbench
+from jaxaudit import auditing, identification, results, summary, workbench
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.devices import BackendError, find_devices
-from jaxaudit.ledger import figures as ledger_figures
 from jaxaudit.ledger.subject import LedgerOptions
 from jaxaudit.parts import OtherAudit, Parts
 from jaxaudit.process import keep_freed_memory, keep_programs
@@ -41,6 +39,11 @@ from jaxaudit.replay import SelfTestError
 from jaxaudit.safetensors_file import FileError, printable
 from jaxaudit.sources.model_folder import file_name
 from jaxaudit.spreading import SpreadingError, do_with_dask, share_of
+
+if (
+    TYPE_CHECKING
+):  # what draws is imported where something is to be drawn: it takes a third of a second
+    from matplotlib.figure import Figure
 
 NOT_AS_EXPECTED, WRONG_USAGE, BAD_INPUT, SELF_TEST_FAILED = 1, 2, 3, 4
 
@@ -512,6 +515,9 @@ def _outputs(
 
 def _figures(request: AuditRequest) -> list[str]:
     """Name the figures that may be written."""
+    from jaxaudit import plots
+    from jaxaudit.ledger import figures as ledger_figures
+
     return [*plots.FIGURES, *(() if request.only else ledger_figures.FIGURES)]
 
 
@@ -627,12 +633,17 @@ def _writers(
         for name, figure in drawn(found):
             yield Path(request.plots) / name, functools.partial(_write_figure, figure)
     if request.report:
+        from jaxaudit import report
+
         page = functools.partial(report.html, found)
         yield Path(request.report), lambda path: _write_page(page(), path)
 
 
-def drawn(found: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, Figure]]:
+def drawn(found: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, "Figure"]]:
     """Draw every figure for which the groups are there, with its file name."""
+    from jaxaudit import plots
+    from jaxaudit.ledger import figures as ledger_figures
+
     replayed = found[""].sizes["arithmetic"] > 0  # weights alone replay under none
     for name, draw in plots.FIGURES.items() if replayed else ():
         yield name, draw(found[""])
@@ -650,7 +661,7 @@ def _write_table(one: xr.Dataset, path: Path) -> None:
         writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _write_figure(figure: Figure, path: Path) -> None:
+def _write_figure(figure: "Figure", path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 

@@ -45,8 +45,11 @@ class Ledger(Countable):
     def __init__(self, subject: Subject, options: LedgerOptions):
         _require_float64(subject)
         self._subject = subject
-        #: Whether windows must be accounted for first, where scalars that are not known exactly are settled.
-        self.waits = not (subject.chosen is None or subject.bench.certain(subject.chosen))
+        #: Whether windows must be accounted for first: that settles scalars which are not known exactly, and runs
+        #: freely, window after window, what was not recorded.
+        self.waits = subject.chosen is not None and (
+            not subject.bench.certain(subject.chosen) or bool(subject.bench.hidden(subject.chosen))
+        )
         # What the device has to do is started beside the accounting, which then need not wait for a compiler.
         # What comes of it is counted while the device goes on, with the steps of the remedies above all.
         self._threads = tuple(Aside(subject.bench.device) for _ in range(3))
@@ -84,12 +87,12 @@ class Ledger(Countable):
 
     def _start(self, seen: Seen, errands: Errands) -> None:
         lost: jax.Array | None = self._updates.take(seen) if self._updates else None
+        remedies = self._counterfactual
+        if remedies and lost is not None:  # the longest part
+            errands.later(self._stepping, lambda: remedies.take(seen, lost))
         if self._moments:
             self._moments.take(seen)
         self._lattice.take(seen)
-        remedies = self._counterfactual
-        if remedies and lost is not None:
-            errands.later(self._stepping, lambda: remedies.take(seen, lost))
 
     def finish(self, behind: int = 0) -> None:
         """Wait until windows are done, whose arrays may then be filled anew: all but so many of the latest."""

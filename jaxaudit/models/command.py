@@ -5,23 +5,25 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
-from matplotlib.figure import Figure
 
 from jaxaudit import commands, results, summary
 from jaxaudit.auditing import Progress
 from jaxaudit.commands import NOT_AS_EXPECTED, WRONG_USAGE, AuditRequest, Failure, Notice
 from jaxaudit.ledger.subject import LedgerOptions
 from jaxaudit.model_recording import ModelRecording, open_model
-from jaxaudit.models import account, figures, page
+from jaxaudit.models import account
 from jaxaudit.models.audits import ModelAudit
 from jaxaudit.models.variables import PARAMETERS
 from jaxaudit.parts import Parts
 from jaxaudit.recording import open_token_groups
 from jaxaudit.safetensors_file import FileError, printable
 from jaxaudit.sources.model_folder import INDEX
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def run_audit(
@@ -65,6 +67,8 @@ def _audit_model(
         output = _output(request, model)
         outputs = [output]
         if request.plots:
+            from jaxaudit.models import figures
+
             outputs += [Path(request.plots) / name for name in figures.FIGURES]
         read = [path for path in model.path.iterdir() if path.is_file()]
         read += [Path(path) for path in filter(None, [request.token_groups])]
@@ -170,11 +174,11 @@ class _Run:
     def writers(self) -> Iterator[tuple[Path, Callable[[Path], None]]]:
         """Pair each output with the function that writes it; the first does the work."""
         yield self._output, self._write
-        for name, draw in figures.FIGURES.items() if self._request.plots else ():
-            yield (
-                Path(self._request.plots or "") / name,
-                functools.partial(self._write_figure, draw),
-            )
+        if self._request.plots:
+            from jaxaudit.models import figures
+
+            for name, draw in figures.FIGURES.items():
+                yield Path(self._request.plots) / name, functools.partial(self._write_figure, draw)
         if self._request.report:
             yield Path(self._request.report), self._write_page
 
@@ -227,7 +231,9 @@ class _Run:
             self.unmet.append(root.attrs["parameter"])
 
     def _write_page(self, path: Path) -> None:
+        from jaxaudit.models import page
+
         path.write_text(page.html(self._overview, self._notes()), encoding="utf-8")
 
-    def _write_figure(self, draw: Callable[[xr.Dataset], Figure], path: Path) -> None:
+    def _write_figure(self, draw: "Callable[[xr.Dataset], Figure]", path: Path) -> None:
         draw(self._overview).savefig(path, format="png", dpi=110)
