@@ -585,7 +585,7 @@ def test_folder_of_somebody_else(run, folder):
     """Asked as nobody, who may enter the folder, but not write there."""
     program = (
         "import os, runpy, sys\n"
-        "import jaxaudit.commands\n"
+        "import jaxaudit.command_line.audit, jaxaudit.models.command\n"
         "os.setegid(65534); os.seteuid(65534)\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
