@@ -112,6 +112,15 @@ class Placement:
         return jax.device_put(array, NamedSharding(mesh, parts))
 
 
+def memory_of(devices: tuple[Device, ...]) -> int | None:
+    """Return how many bytes programs may take on devices of their own memory together; None where that is unknown."""
+    if on_host(devices[0]):
+        return None
+    # Not every backend has these numbers.
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return len(limits) * min(limits) or None
+
+
 def on_host(device: Device) -> bool:
     """Tell whether a device's memory is the host's, so that its results are read without a transfer."""
     return device.platform == "cpu"

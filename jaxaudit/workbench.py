@@ -18,7 +18,7 @@ from jaxaudit.arithmetics import (
     tail_elements,
 )
 from jaxaudit.comparison import Comparison
-from jaxaudit.devices import Device, Placement
+from jaxaudit.devices import Device, Placement, memory_of
 from jaxaudit.floats import FLOAT32, Format
 from jaxaudit.free_running import FreeRun
 from jaxaudit.hyperparameters import Hyperparameters
@@ -33,6 +33,11 @@ from jaxaudit.strips import Strip, strips_of
 
 #: Elements of a window: below this its arrays of 16-bit results stay in memory that malloc keeps.
 WINDOW_ELEMENTS = 1 << 22
+
+#: Elements of a window on a device with memory of its own, at most: beyond that, starting a program takes no time worth
+#: mentioning, but the host needs memory for several windows. Each has so many bytes of the device's to itself, for what
+#: is recorded of three windows and what programs make of one.
+_LARGE_WINDOW, _BYTES_PER_ELEMENT = 1 << 25, 512
 
 #: First step and rows of a window.
 Place: TypeAlias = tuple[int, tuple[int, int]]
@@ -97,8 +102,8 @@ class Workbench:
         self.strips = strips_of(recording.tokens, recording.width)
         rows = self.strips[0].rows
         elements = (rows[1] - rows[0]) * recording.width
-        self.length = min(window_steps or max(1, WINDOW_ELEMENTS // elements), steps[1] - steps[0])
-        self.length = min(self.length, recording.longest_run)
+        self.length = window_steps or max(1, window_elements(devices) // elements)
+        self.length = min(self.length, steps[1] - steps[0], recording.longest_run)
         self.comparison = Comparison(device, recording.width)
         shape = (self.length, elements)
         self.replayer = Replayer(self.placement, recording.formats, shape)
@@ -578,6 +583,14 @@ class Workbench:
         scalars, tail = self.scalars(candidate, window), self._tail(candidate, window.rows)[1]
         program = self.program(candidate, stage)
         return self.replayer.results(program, scalars, arrays, tail, formulation)
+
+
+def window_elements(devices: tuple[Device, ...]) -> int:
+    """Return how many elements windows have on devices, in all timesteps."""
+    memory = memory_of(devices)
+    if memory is None:
+        return WINDOW_ELEMENTS
+    return max(min(memory // _BYTES_PER_ELEMENT, _LARGE_WINDOW), WINDOW_ELEMENTS)
 
 
 def _flat(window: Window) -> dict[str, NDArray[Any]]:

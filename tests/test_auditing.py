@@ -20,6 +20,7 @@ from jaxaudit import (
     replay,
     results,
     strips,
+    workbench,
 )
 from jaxaudit.devices import BackendError
 from jaxaudit.floats import BFLOAT16, decode, encode
@@ -342,6 +343,21 @@ def test_strips_change_no_count(tmp_path, monkeypatch):
         assert np.array_equal(whole[name], cut[name]), name
     # Positive terms, added in another order along chains of at most 90 additions, and a root.
     np.testing.assert_allclose(whole.norm_predicted, cut.norm_predicted, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("memory", "elements"),
+    [({}, 1 << 22), (None, 1 << 22), (2 << 30, 1 << 22), (6 << 30, 12 << 20), (80 << 30, 1 << 25)],
+)
+def test_windows_are_as_large_as_the_device_allows(memory, elements):
+    class Fake:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": memory} if isinstance(memory, int) else memory
+
+    assert workbench.window_elements((Fake(),)) == elements
+    assert workbench.window_elements(tuple(jax.devices("cpu"))) == workbench.WINDOW_ELEMENTS
 
 
 def assert_same_bits(a, b):
