@@ -55,6 +55,12 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+def as_floats(dtype: str, data: NDArray[Any]) -> NDArray[np.float64]:
+    """Turn an array of `DTYPES` (F32, F64 or an integer type) into doubles."""
+    kind = {"F32": np.float32, "F64": np.float64}.get(dtype)
+    return (data if kind is None else data.view(kind)).astype(np.float64)
+
+
 class Closing(abc.ABC):
     """Context that closes what is open at its end; a base class."""
 

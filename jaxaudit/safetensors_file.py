@@ -23,6 +23,7 @@ from jaxaudit.byte_files import (
     Closing,
     FileError,
     Stored,
+    as_floats,
     block_spans,
     is_count,
     json_of,
@@ -96,9 +97,7 @@ class SafetensorsFile(Closing):
 
     def read_floats(self, name: str) -> NDArray[np.float64]:
         """Read a small tensor of real numbers (F32, F64 or an integer type) as doubles."""
-        kind = {"F32": np.float32, "F64": np.float64}.get(self.tensors[name].dtype)
-        data = self.read(name)
-        return (data if kind is None else data.view(kind)).astype(np.float64)
+        return as_floats(self.tensors[name].dtype, self.read(name))
 
     def read_rows(
         self, name: str, steps: tuple[int, int], rows: tuple[int, int], out: NDArray[Any]

@@ -21,10 +21,11 @@ from jaxaudit.byte_files import (
     Closing,
     FileError,
     Stored,
+    as_floats,
     block_spans,
     short,
 )
-from jaxaudit.sources.source import TENSOR_KEYS, as_floats
+from jaxaudit.sources.source import TENSOR_KEYS
 from jaxaudit.sources.worker import Worker
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"

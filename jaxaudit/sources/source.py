@@ -18,6 +18,7 @@ from jaxaudit.byte_files import (
     Closing,
     FileError,
     Stored,
+    as_floats,
     json_of,
     short,
 )
@@ -101,12 +102,6 @@ class Opened:
     source: Source
     timesteps: NDArray[np.int64] | None = None
     runs: tuple[tuple[int, int], ...] = ()
-
-
-def as_floats(dtype: str, data: NDArray[Any]) -> NDArray[np.float64]:
-    """Turn an array of `DTYPES` (F32, F64 or an integer type) into doubles."""
-    kind = {"F32": np.float32, "F64": np.float64}.get(dtype)
-    return (data if kind is None else data.view(kind)).astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
