@@ -84,6 +84,7 @@ def fresh_programs():
         joint_replay,
         replay,
     )
+    from jaxaudit.ledger import courses
 
     caches = (
         replay._flags_program,
@@ -92,6 +93,8 @@ def fresh_programs():
         joint_replay._tally_program,
         joint_replay._marked_program,
         conformance.inexact_operations,
+        courses.step_program,
+        courses.start_program,
     )
     for cache in caches:
         cache.cache_clear()

@@ -13,6 +13,7 @@ from recordings import f64, write
 
 import jaxaudit
 from jaxaudit import (
+    auditing,
     comparison,
     conformance,
     operations,
@@ -24,6 +25,7 @@ from jaxaudit import (
 )
 from jaxaudit.devices import BackendError
 from jaxaudit.floats import BFLOAT16, decode, encode
+from jaxaudit.ledger import courses
 from jaxaudit.recorders import RecordingWriter, RowLayout
 from jaxaudit.recording import TokenGroups
 from jaxaudit.safetensors_file import SafetensorsFile
@@ -461,6 +463,18 @@ def test_quotients_and_roots_through_float64_are_the_same(
     found = audit(recorded, arithmetics=FEW)
     assert_same_bits(found, audited)
     assert json.loads(found.attrs["self_test"]) == json.loads(audited.attrs["self_test"])
+
+
+def test_remedies_through_float64_are_the_same(recorded, monkeypatch, fresh_programs):
+    with jaxaudit.open_recording(recorded) as recording:
+        options = {"arithmetics": "torch-cpu-loop", "backend": "cpu"}
+        known = auditing.audit_groups(recording, **options)
+        for module in (operations, courses):
+            monkeypatch.setattr(module, "approximates", lambda device: True)
+        courses.step_program.cache_clear()
+        found = auditing.audit_groups(recording, **options)
+    assert_same_bits(found["counterfactual"], known["counterfactual"])
+    assert json.loads(found[""].attrs["self_test"])["remedies in float32"] == "passed"
 
 
 @pytest.mark.parametrize("found", [0, 1])

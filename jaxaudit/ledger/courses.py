@@ -26,6 +26,7 @@ from jaxaudit.operations import (
     Formulation,
     Operations,
     Value,
+    approximates,
     compile_exactly,
     kept,
     operations_of,
@@ -438,7 +439,7 @@ def step_program(
     """
 
     def one_step(zero: Any, k: Any, row: Any, inputs: Inputs, state: Any) -> Any:
-        ops = _operations(formulation, zero, open_points)
+        ops = _operations(formulation, zero, open_points, device)
         before, after, lost = _inputs(plan, ops, alike, rows, k, row, inputs, state)
         patterns: dict[Slot, Value] = {}
 
@@ -501,10 +502,12 @@ def start_program(plan: Plan, rows: int, device: Device) -> Callable:
     return compile_exactly(whole, device)
 
 
-def _operations(formulation: Formulation, zero: Any, open_points: frozenset[int]) -> Any:
+def _operations(
+    formulation: Formulation, zero: Any, open_points: frozenset[int], device: Device
+) -> Any:
     if formulation == "float32":
-        return SparingOperations(zero, open_points)
-    return operations_of(formulation, zero)
+        return SparingOperations(zero, open_points, wide=approximates(device))
+    return operations_of(formulation, zero, device=device)
 
 
 def _packed(words: Sequence[Value], bits: int) -> list[Value]:

@@ -216,10 +216,11 @@ class SparingOperations(Float32Operations):
     Args:
         zero: as for `Float32Operations`.
         unproven: numbers of these operations, from `RangeOperations`.
+        wide: as for `Float32Operations`.
     """
 
-    def __init__(self, zero: jax.Array, unproven: frozenset[int]):
-        super().__init__(zero)
+    def __init__(self, zero: jax.Array, unproven: frozenset[int], *, wide: bool = False):
+        super().__init__(zero, wide=wide)
         self._unproven, self._number, self._looks = unproven, 0, True
 
     def _mark_zero(self, result: Value, *expected: Mask) -> Value:
