@@ -57,3 +57,44 @@ def test_programs_are_kept_where_jax_is_not_told_otherwise(tmp_path, changes, ke
     command = [sys.executable, "-c", KEEP]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert kept in found.stdout
+
+
+LOWER = """
+import sys
+import jax
+from jaxaudit import operations
+
+counted, exactly = {"cuda": 0, "tpu": 0}, operations.compile_exactly
+
+def compile_exactly(function, device):
+    program, plain, lowered = exactly(function, device), jax.jit(function), set()
+
+    def call(*given):
+        shapes = str(jax.tree.map(lambda x: (jax.numpy.shape(x), jax.numpy.result_type(x)), given))
+        if shapes not in lowered:
+            lowered.add(shapes)
+            for platform in counted:
+                plain.trace(*given).lower(lowering_platforms=(platform,))
+                counted[platform] += 1
+        return program(*given)
+
+    return call
+
+operations.compile_exactly = compile_exactly
+import jaxaudit
+from jaxaudit.auditing import audit_groups
+
+with jaxaudit.open_recording(jaxaudit.sample_paths()[0]) as recording:
+    audit_groups(recording, arithmetics="all", backend="cpu", steps=(1, 20))
+print(counted["cuda"], counted["tpu"])
+"""
+
+
+@pytest.mark.long
+def test_every_program_can_be_put_to_other_devices():
+    """No operation is one that XLA has for CPUs alone; no GPU and no TPU is needed to find out."""
+    found = subprocess.run(
+        [sys.executable, "-c", LOWER], capture_output=True, text=True, check=True
+    )
+    cuda, tpu = map(int, found.stdout.split())
+    assert cuda == tpu > 100
