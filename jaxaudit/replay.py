@@ -364,7 +364,7 @@ class Trial:
         self.tail = np.zeros(elements, np.uint8)
         self.tail[:tried:2] = 1
         self.window: dict[str, NDArray[Any]] = {}
-        for name, hard in self._draw(rng, formulation, steps, tried).items():
+        for name, hard in self._draw(formulation, steps, tried).items():
             self.window[name] = np.zeros((hard.shape[0], elements), hard.dtype)
             self.window[name][:, :tried] = hard
         cut = {name: values[:, :tried] for name, values in self.window.items()}
@@ -372,9 +372,7 @@ class Trial:
         self.expected = self._compute(ops, cut, steps, self.tail[:tried])
         self.differs = self._plant(rng, steps, tried)
 
-    def _draw(
-        self, rng: np.random.Generator, formulation: Formulation, steps: int, tried: int
-    ) -> dict[str, NDArray[Any]]:
+    def _draw(self, formulation: Formulation, steps: int, tried: int) -> dict[str, NDArray[Any]]:
         """Draw many columns, and keep first those whose result shows where a product is not fused.
 
         Rounding to 16 bits hides most of that: a few in a million results of random inputs show it.
@@ -382,9 +380,8 @@ class Trial:
         program = self._program
         formats = {i.tensor: i.format for i in program.inputs} | {program.stage: program.recorded}
         drawn = tried * max(1, -(-_DRAWN // (tried * steps)))
-        size = rng.integers(-26, -4, drawn)  # common to a column, so that its terms meet
         window = {
-            name: hard_patterns(rng, name, fmt, steps + (name != "grad"), size, formulation)
+            name: _hard_columns(name, fmt, steps + (name != "grad"), drawn, formulation)
             for name, fmt in formats.items()
         }
         tail = (np.arange(drawn) % 2 == 0).astype(np.uint8)
@@ -519,6 +516,19 @@ def hard_patterns(
         [anything, tiny, special.astype(fmt.pattern_dtype)],
         patterns,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _hard_columns(
+    name: str, fmt: Format, rows: int, columns: int, formulation: Formulation
+) -> NDArray[Any]:
+    """Draw the patterns of a tensor once for all programs that read it, read-only."""
+    # The size is common to a column of all tensors, so that its terms meet.
+    size = np.random.default_rng(20).integers(-26, -4, columns)
+    rng = np.random.default_rng((20, *name.encode()))
+    found = hard_patterns(rng, name, fmt, rows, size, formulation)
+    found.flags.writeable = False
+    return found
 
 
 @functools.lru_cache(maxsize=512)
