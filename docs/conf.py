@@ -18,7 +18,8 @@ import nbformat
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))
 import generated_text
 
 execute_docs: Any = importlib.import_module("execute_docs")

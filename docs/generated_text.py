@@ -97,7 +97,9 @@ def _sentence(told: str, action: argparse.Action) -> str:
     if action.choices:
         one_of = "One of " + ", ".join(f"`{choice}`" for choice in action.choices)
         text = f"{text}. {one_of}" if text else one_of
+    # Of lists, which do not read well, the help says what is meant.
     silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+    silent = silent or isinstance(action.default, list)
     if not silent and str(action.default) not in told:
         text += f" (default: `{action.default}`)"
     return (text[:1].upper() + text[1:] or "On or off") + "."

@@ -119,8 +119,8 @@ def run_notebook(path: Path) -> Any:
     """
     try:
         import nbformat
-        from jupyter_client import AsyncKernelManager
         from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.manager import AsyncKernelManager
         from nbclient import NotebookClient
         from nbclient.exceptions import CellControlSignal
         from traitlets.config import Config
@@ -174,6 +174,8 @@ def _environment(settings: str) -> dict[str, str]:
 
 
 def _failed_cell(notebook: Any, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"not done after {_SECONDS} seconds."
     for number, cell in enumerate(notebook.cells, 1):
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
