@@ -128,7 +128,7 @@ def _arithmetic(variants: Sequence[Arithmetic]) -> Iterator[str]:
     confirmed = one.confirmed or "nothing yet; see [Limits](limits.md)"
     for term, text in {
         "formats of the weights": ", ".join(formats),
-        "options": ", ".join(_options_of(one)),
+        "options": ", ".join(_options_of(one)) or "none",
         "variants": "; ".join(_cell(each.variant) for each in variants[1:]) or "none",
         "source": _cell(one.source),
         "compared bit for bit with": confirmed if not one.confirmed else _cell(confirmed),
