@@ -6,6 +6,7 @@ Nothing is fetched: the theme's files are local, there are no inventories of oth
 anything from the network is a warning.
 """
 
+import importlib
 import re
 import sys
 from html.parser import HTMLParser
@@ -13,11 +14,15 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
 import generated_text
+
+execute_docs: Any = importlib.import_module("execute_docs")
 
 project = "jaxaudit"
 author = "The jaxaudit developers"
@@ -40,12 +45,9 @@ myst_enable_extensions = ["deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-# A notebook kept as text is run when it has changed, and a cell that fails is an error; one that is kept with its
-# outputs is shown as it is.
-nb_execution_mode = "cache"
-nb_execution_excludepatterns = ["*.ipynb"]
-nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+# Notebooks are run by `_execute` below, so that the pages show what scripts/execute_docs.py stores.
+nb_execution_mode = "off"
+nb_output_stderr = "warn"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -113,6 +115,18 @@ def _escaped(line: str) -> str:
     return "".join(parts)
 
 
+def _execute(app: Sphinx, name: str, source: list[str]) -> None:
+    """Run a notebook, and show its new outputs; one that fails, or gives something else than it holds, is a warning."""
+    path = Path(app.env.doc2path(name))
+    if path.suffix != ".ipynb":
+        return
+    app.env.note_dependency(str(execute_docs.FULL))
+    try:
+        source[0] = nbformat.writes(execute_docs.checked(path))
+    except execute_docs.Failure as failure:
+        logging.getLogger(__name__).warning("%s", failure, location=name)
+
+
 def _fill_in(app: Sphinx, name: str, source: list[str]) -> None:
     # On GitHub the link leads to the file itself.
     text = source[0].replace("(../results/rounding_cpu.md)", "(rounding-on-cpu.md)")
@@ -145,6 +159,7 @@ def _check_offline(app: Sphinx, failure: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Connect what these pages need beside the extensions."""
     app.connect("env-get-outdated", _list_generated)
+    app.connect("source-read", _execute)
     app.connect("source-read", _fill_in)
     # Before napoleon, which makes its own markup of the text.
     app.connect("autodoc-process-docstring", _mark_up_docstring, priority=400)

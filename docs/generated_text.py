@@ -97,7 +97,9 @@ def _sentence(told: str, action: argparse.Action) -> str:
     if action.choices:
         one_of = "One of " + ", ".join(f"`{choice}`" for choice in action.choices)
         text = f"{text}. {one_of}" if text else one_of
+    # Of lists, which do not read well, the help says what is meant.
     silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+    silent = silent or isinstance(action.default, list)
     if not silent and str(action.default) not in told:
         text += f" (default: `{action.default}`)"
     return (text[:1].upper() + text[1:] or "On or off") + "."
@@ -126,7 +128,7 @@ def _arithmetic(variants: Sequence[Arithmetic]) -> Iterator[str]:
     confirmed = one.confirmed or "nothing yet; see [Limits](limits.md)"
     for term, text in {
         "formats of the weights": ", ".join(formats),
-        "options": ", ".join(_options_of(one)),
+        "options": ", ".join(_options_of(one)) or "none",
         "variants": "; ".join(_cell(each.variant) for each in variants[1:]) or "none",
         "source": _cell(one.source),
         "compared bit for bit with": confirmed if not one.confirmed else _cell(confirmed),

@@ -299,7 +299,8 @@ As torch-cuda-loop up to the moments; 1 - beta^t and all that is made of it is f
 the storage format before it meets a tensor. With -s = -lr/(1 - beta1^t):
 one tensor at a time: d = R(R(sqrt(v)) / (sqrt(1 - beta2^t) * -s));  d = R(d + eps/-s);  p = R(p + m/d)
 over lists: d = R(R(sqrt(v)) / sqrt(1 - beta2^t));  d = R(d + eps);  d = R(d / -s);  p = R(p + m/d)""",
-    source="torch/optim/adam.py, the branches of `capturable`; order confirmed on CPU kernels",
+    source="torch/optim/adam.py, the branches of `capturable`",
+    confirmed="torch 2.13.0 with CPU kernels, not on CUDA",
     param=formulas.param_capturable_loop,
     rule=scalars.storage_rounded(
         scalars.capturable_loop, "capturable_divisor", "capturable_epsilon"
@@ -390,7 +391,7 @@ v = R(v * beta2);  v = R(fma((1 - beta2)*g, g, v));  d = R(R(R(sqrt(v)) / sqrt(1
 p = R(p + (-(1/(1 - beta1^t))*lr * m) / d), or with Kahan summation
 c = R(c + (...*m)/d);  p' = R(p + c);  c = R(c + R(p - p')); bias corrections are float32.""",
     source="torchdistx/optimizers/anyprecision_optimizer.py",
-    confirmed="torchdistx at commit 9c1b9f5c",
+    confirmed="torchdistx at commit 9c1b9f5c, restated in torch 2.13.0",
     gradient=formulas.gradient_cpu,
     exp_avg=formulas.exp_avg_anyprecision,
     exp_avg_sq=formulas.exp_avg_sq_cpu,

@@ -89,7 +89,7 @@ def finding(tree: xr.DataTree) -> Figure:
     """Draw what an audit of the sample finds: which arithmetic it was, and where the updates of dead tokens go."""
     root, updates, said = tree.to_dataset(), tree["updates"].to_dataset(), numbers(tree)
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     part = root.cosine_similarity.sel(token_group="dead")
     exact = next(name for name in said if name in CATALOGUE)
     for name, colour, width in ((_ASSUMED, "#D55E00", 0.8), (exact, "#0072B2", 1.6)):
@@ -105,7 +105,7 @@ def finding(tree: xr.DataTree) -> Figure:
         axis.set_xlabel("timestep")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, lw=0.5)
-        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axis.legend(fontsize=9.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 

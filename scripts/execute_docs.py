@@ -3,13 +3,16 @@
     python scripts/execute_docs.py
     python scripts/execute_docs.py docs/old-notebook.ipynb --check
 
-A notebook is run by a Jupyter kernel, in its own folder, and gets its outputs anew. The Python blocks of a page are
-run one after the other, as one script, in an empty folder that holds the project's `results`; the figures that they
-save, and that the page shows from `figures/`, replace the stored ones. Nothing is written unless all code ran.
+A notebook is run by a Jupyter kernel of this interpreter, in its own folder, and gets its outputs anew. The Python
+blocks of a page are run one after the other, as one script, in an empty folder that holds the project's `results`; the
+figures that they save, and that the page shows from `figures/`, replace the stored ones. Nothing is written unless all
+code ran.
 
-With --check nothing is written at all. It fails if a notebook prints anything else than it holds or draws another
+With --check no document is written. It fails if a notebook prints anything else than it holds or draws another
 number of figures, or if a page draws others than it shows. Pixels are not compared: they change with versions of
-matplotlib, and what is drawn of a training run changes with the processor.
+matplotlib, and what is drawn of a training run changes with the processor. The build of the pages does the same with
+each notebook, and shows what came out. Where results/full.nc is missing, the old notebook's statements are checked on
+the sample, which is audited first.
 
 Exit status: 0 all code ran; 1 some code failed, or --check found a difference; 2 wrong usage, or an output that
 cannot be written; 3 a document that is missing or is none; 130 interrupted.
@@ -19,8 +22,10 @@ import argparse
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,13 +35,20 @@ from reporting import Failure, guarded, notify
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: Its stored outputs are of FULL, which comes with the repository; without that it opens SAMPLE.
+OLD_NOTEBOOK = ROOT / "docs/old-notebook.ipynb"
+FULL, SAMPLE = ROOT / "results/full.nc", ROOT / "results/sample.nc"
+
 #: What is run by default.
-DOCUMENTS = (ROOT / "docs/old-notebook.ipynb", ROOT / "docs/analyses.md")
+DOCUMENTS = (OLD_NOTEBOOK, ROOT / "docs/analyses.md")
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SHOWN = re.compile(r"!\[[^\]]+\]\(figures/([^)]+\.png)\)")
 
-_SECONDS = 300  # that a cell may take
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # colours in a traceback
+_ARROW = re.compile(r"^-+> *\d+ (.*)$", re.MULTILINE)  # the line at which it happened
+
+_SECONDS = 300  # that a notebook may take
 
 
 def blocks(page: str) -> list[tuple[int, str]]:
@@ -107,6 +119,8 @@ def run_notebook(path: Path) -> Any:
     """
     try:
         import nbformat
+        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.manager import AsyncKernelManager
         from nbclient import NotebookClient
         from nbclient.exceptions import CellControlSignal
         from traitlets.config import Config
@@ -117,15 +131,20 @@ def run_notebook(path: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # Over sockets in a folder of its own, not over the network, and without anyone's settings.
         sockets = {"connection_file": f"{folder}/kernel.json", "ip": f"{folder}/kernel"}
+        settings = Config({"KernelManager": {"transport": "ipc", **sockets}})
+        end = time.monotonic() + _SECONDS
         client = NotebookClient(
             notebook,
-            config=Config({"KernelManager": {"transport": "ipc", **sockets}}),
             kernel_name="python3",
-            timeout=_SECONDS,
+            timeout_func=lambda cell: max(1, int(end - time.monotonic())),
             coalesce_streams=True,
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         )
+        # Without the folders in which kernels are looked up, `python3` is this interpreter, whatever is installed.
+        native = KernelSpecManager(kernel_dirs=[])
+        client.km = AsyncKernelManager(config=settings, kernel_spec_manager=native)
+        client.log.setLevel("WARNING")
         try:
             client.execute(env=_environment(folder))
         except (CellControlSignal, RuntimeError) as error:
@@ -155,10 +174,13 @@ def _environment(settings: str) -> dict[str, str]:
 
 
 def _failed_cell(notebook: Any, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"not done after {_SECONDS} seconds."
     for number, cell in enumerate(notebook.cells, 1):
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
-                text = output.evalue.strip() or cell.source.splitlines()[0]
+                lines = _ARROW.findall(_ESCAPE.sub("", "\n".join(output.traceback)))
+                text = output.evalue.strip() or (lines or cell.source.splitlines())[0].strip()
                 return f"cell {number}: {output.ename}: {text.splitlines()[0]}"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
@@ -199,6 +221,35 @@ def check_notebook(path: Path, new: Any) -> None:
         )
 
 
+def checked(path: Path) -> Any:
+    """Run a notebook, compare what it gives with what it holds, and return it with its new outputs.
+
+    Raises:
+        Failure: it cannot be run, a statement in it is not true, or the outputs differ.
+    """
+    if path == OLD_NOTEBOOK:
+        make_result()
+    notebook = run_notebook(path)
+    if path != OLD_NOTEBOOK or FULL.exists():
+        check_notebook(path, notebook)
+    return notebook
+
+
+def make_result() -> None:
+    """Audit the sample where there is no result for the old notebook to open.
+
+    Raises:
+        Failure: the audit failed.
+    """
+    if FULL.exists() or SAMPLE.exists():
+        return
+    notify(f"Auditing the sample, as there is no {FULL}")
+    command = [sys.executable, "-m", "jaxaudit", "audit", "--quiet", "--output", str(SAMPLE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"the sample's audit failed: {done.stderr.strip()[-500:]}", 1)
+
+
 def check_figures(figures: Mapping[Path, bytes]) -> None:
     """Fail if a figure is not stored, or has another size in pixels."""
     for file, content in figures.items():
@@ -229,20 +280,22 @@ def write(file: Path, content: bytes) -> None:
 
 def made(path: Path, *, check: bool) -> dict[Path, bytes]:
     """Run a document and return the files that come of it; with `check`, compare instead and return none."""
-    if path.suffix == ".ipynb":
-        notebook = run_notebook(path)
-        import nbformat
-
-        if check:
-            check_notebook(path, notebook)
-        files = {path: (nbformat.writes(notebook) + "\n").encode()}
-    else:
+    if path.suffix != ".ipynb":
         with tempfile.TemporaryDirectory() as folder:
             run_page(path, Path(folder))
             files = figures_of(path, Path(folder))
         if check:
             check_figures(files)
-    return {} if check else files
+        return {} if check else files
+    if check:
+        checked(path)
+        return {}
+    if path == OLD_NOTEBOOK and not FULL.exists():
+        raise Failure(f"{FULL} is missing, of which {path.name} shows the outputs.", 3)
+    notebook = run_notebook(path)
+    import nbformat
+
+    return {path: (nbformat.writes(notebook) + "\n").encode()}
 
 
 def parser() -> argparse.ArgumentParser:

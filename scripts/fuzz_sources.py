@@ -497,14 +497,23 @@ def fuzz(inputs: int, seed: str, only: Sequence[str] = (), size: int = 500) -> d
     return report
 
 
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument(
+        "--inputs", metavar="N", type=int, default=100_000, help="files to damage (%(default)s)"
+    )
+    p.add_argument("--seed", default="1", help="of the damage (%(default)s)")
+    p.add_argument(
+        "--only", metavar="KIND", action="append", default=[], help="a kind; may be repeated"
+    )
+    p.add_argument("--output", metavar="PATH", type=Path, help="the report (JSON)")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, write the report, and return 1 if there was a finding."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", default="1")
-    parser.add_argument("--only", action="append", default=[], help="a kind; may be repeated")
-    parser.add_argument("--output", type=Path, help="the report (JSON)")
-    given = parser.parse_args(argv)
+    given = parser().parse_args(argv)
     import torch._subclasses.fake_tensor  # noqa: F401  # before the children, not in each
 
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Record a whole small model with every form of recorder, and audit every tensor of it.
 
     python scripts/prove_recorders.py
-    python scripts/prove_recorders.py --steps 50 --forms torch-cpu-fused optax
+    python scripts/prove_recorders.py --steps 50 --forms fused optax
 
 Prints one line for each form: how many tensors replay bit for bit, and which do not.
 Exit status: 0 all do; 1 some do not.
@@ -142,14 +142,19 @@ def audit_folder(folder: Path, arithmetic: str, every: int = 1) -> dict[str, int
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    p.add_argument("--steps", metavar="N", type=int, default=200, help="of each run (%(default)s)")
+    told = "of recorders (all)"
+    p.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help=told)
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Record and audit; 0 if every tensor replays bit for bit, 1 if not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS))
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     wrong = 0
     for form in arguments.forms:
         arithmetic, make = FORMS[form]

@@ -20,6 +20,7 @@ import xarray as xr
 from matplotlib import pyplot
 from PIL import Image
 from recordings import short_run
+from test_command_line import SCRIPTS
 
 import jaxaudit
 from jaxaudit import floats, steps
@@ -188,8 +189,10 @@ def test_pages_that_are_run_elsewhere_are_named_there():
 
 
 def commands(page: str) -> list[list[str]]:
-    """List the commands on a page that run a script: its name, then its arguments."""
+    """List the commands on a page that run a script, or the installed command: the script's name, then arguments."""
     found = re.findall(r"python scripts/(\w+)\.py\b *((?:\\\n|[^\n`#|>&;])*)", TEXTS[page])
+    installed = r"(?:^    |`|python -m )jaxaudit ([a-z]+)\b *([^\n`#|>&;]*)"
+    found += [(SCRIPTS[name], rest) for name, rest in re.findall(installed, TEXTS[page], re.M)]
     return [[name, *shlex.split(rest.replace("\\\n", " "))] for name, rest in found]
 
 
@@ -286,6 +289,20 @@ def test_the_command_s_every_option_is_in_the_reference():
         for action in parser_of(name)._actions:
             for option in set(action.option_strings) - {"-h", "--help"}:
                 assert option in text or action.help == "==SUPPRESS=="
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_arithmetic_has_its_formula_diagram_source_and_evidence(name: str):
+    sections = re.split(r"^### ", generated_text.catalogue(), flags=re.MULTILINE)
+    (section,) = [one for one in sections if one.startswith(f"{name}\n")]
+    assert re.search(r"```text\n[^`]{20,}", section) and f"](figures/{name}.svg)" in section
+    assert re.search(r"^source\n: .{10}", section, re.MULTILINE)
+    (compared,) = re.findall(r"^compared bit for bit with\n: (.+)$", section, re.MULTILINE)
+    # What is said of an arithmetic is what its certificate holds.
+    held = json.loads((ROOT / "results" / "arithmetics.json").read_text(encoding="utf-8"))
+    proved = name in {each["arithmetic"] for each in held["compared"]}
+    elsewhere = name in ("float32-then-bfloat16", "float32", "stochastic-rounding")
+    assert compared.startswith("nothing yet") == (not proved and not elsewhere)
 
 
 # Diagrams.

@@ -64,6 +64,21 @@ def test_pythons_are_those_that_were_tried():
     assert stated == [oldest, *newest]
 
 
+def test_readme_states_what_was_tried():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    stated = " ".join(readme.split("\n## Install\n")[1].split("\n## ")[0].split())
+    oldest, *newest = TRIED["environments"]
+    for text in (
+        f"Python {minors(oldest['python'])} to {minors(newest[-1]['python'])}",
+        f"jax {minors(oldest['packages']['jax'])} to {minors(newest[-1]['packages']['jax'])}",
+        f"numpy from {minors(oldest['packages']['numpy'])}",
+        f"xarray from {minors(oldest['packages']['xarray'])}",
+    ):
+        assert text in stated
+    for extra in {*PROJECT["optional-dependencies"]} - {"test", "docs", "dev"}:
+        assert f"| `{extra}` |" in stated
+
+
 def test_extras_hold_what_the_core_does_not_need():
     heavy = ("torch", "transformers", "h5py", "optax", "tokenizers")
     assert not {*bounds()} & {*heavy}
