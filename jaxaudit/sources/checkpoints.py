@@ -199,6 +199,11 @@ class Series:
 
     def _name(self, place: Path, contents: Contents) -> str:
         if self._parameter is None:
+            if place.is_file() and {"W", "grad_W"} <= {*contents.weights}:
+                raise FileError(
+                    f"{self._path}: {place.name} in it is a recording of its own. Give that file, or a folder of "
+                    "checkpoints or of jaxaudit.record."
+                )
             if len(contents.weights) != 1:
                 raise FileError(
                     f"{self._path}: {len(contents.weights)} parameters in {place.name}; name one with parameter=. "
