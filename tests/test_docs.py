@@ -121,7 +121,13 @@ SETTINGS = {
     "continuous-integration.md": Setting(check=gate_holds, modules=("torch",)),
     "gpu.md": Setting(says=("'tpu' is not available", "cpu 1 {")),
     "own-data.md": Setting(
-        says=("exp_avg yes", "mine: torch-cpu-loop", "3 float16", "bfloat16 yes", "((1, 2), (4, 5)) [1 2] 2")
+        says=(
+            "exp_avg yes",
+            "mine: torch-cpu-loop",
+            "3 float16",
+            "bfloat16 yes",
+            "((1, 2), (4, 5)) [1 2] 2",
+        )
         + ("torch-cpu-loop", " 3 True"),
         modules=("torch", "h5py"),
     ),

@@ -157,7 +157,7 @@ class Series:
         if len(found) < 2:
             raise FileError(
                 f"{path}: {len(found)} checkpoints found; needed two at least, in files or folders named by their "
-                "number (step_000100, checkpoint-100, ckpt_5.pt, ...)."
+                "number (step_000100, checkpoint-100, ckpt_5.pt, ...). Of a recording in one file, give the file."
             )
         reader, self._parameter = _Reader(), parameter
         self._states = [self._state(reader, *checkpoint) for checkpoint in found]
