@@ -240,7 +240,7 @@ def kept_parts(
     """Open the folder of an audit's parts; what is done in it stays there until the result is written.
 
     Raises:
-        Failure: its parts are those of another audit.
+        Failure: its parts are those of another audit, or another process is making them.
     """
     # Of several that begin at once, none may throw away what the others have done.
     renew = request.overwrite and request.shard is None
@@ -248,10 +248,25 @@ def kept_parts(
         parts = Parts(parts_path(output), stated, renew=renew)
     except OtherAudit as error:
         raise Failure(str(error), WRONG_USAGE) from error
-    if parts.found and notice:
-        notice(f"going on with the audit of {parts.started_at} in {parts.path}")
+    sharing = contextlib.nullcontext(True) if request.shard else parts.sole()
+    with sharing as mine:
+        if not mine:
+            raise Failure(str(parts.in_use()), WRONG_USAGE)
+        if parts.found and notice:
+            notice(f"going on with the audit of {parts.started_at} in {parts.path}")
+        with _kept_when_interrupted(parts):
+            yield parts
+    with contextlib.suppress(
+        OSError
+    ):  # over NFS a folder with a lock in it outlives what was in it
+        parts.path.rmdir()
+
+
+@contextlib.contextmanager
+def _kept_when_interrupted(parts: Parts) -> Iterator[None]:
+    """Leave the parts where they are, if there are any, and say so."""
     try:
-        yield parts
+        yield
     except KeyboardInterrupt as error:
         parts.remove_empty()
         if parts.path.exists():
@@ -410,10 +425,14 @@ def _output_problem(error: OSError) -> str:
 
 
 def refuse_empty_names(request: object, names: Sequence[str]) -> None:
-    """Refuse what an unset variable of a shell script turns into."""
+    """Refuse what an unset variable of a shell script turns into, and names of folders for files to be written."""
     for name in names:
         if getattr(request, name) == "":
             raise Failure(f"{name}: the name is empty. Give a path or leave it out.", WRONG_USAGE)
+        if name in ("output", "csv", "report") and str(getattr(request, name)).endswith(os.sep):
+            raise Failure(
+                f"--{name}: {getattr(request, name)} is a folder; name a file.", WRONG_USAGE
+            )
 
 
 def _wanted_arithmetics(request: AuditRequest) -> list[str]:
@@ -433,6 +452,8 @@ def _wanted_arithmetics(request: AuditRequest) -> list[str]:
 
 def _wanted_ledger(request: AuditRequest) -> LedgerOptions | None:
     """Parse what is asked of the ledger; None for no ledger."""
+    if request.seed < 0:
+        raise Failure(f"--seed: got {request.seed}, needed 0 or more.", WRONG_USAGE)
     if request.only == "accounting":
         return None
     try:

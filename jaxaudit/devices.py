@@ -59,9 +59,10 @@ def find_devices(backend: Backend = "auto", count: int | None = None) -> tuple[D
             if on_host(found[0]) and count > 1
             else ""
         )
+        alone = len(found) == 1
+        are, most = ("is 1", "1") if alone else (f"are {len(found)}", f"1 to {len(found)}")
         raise BackendError(
-            f"{count} devices were asked for, but there are {len(found)} ({found[0].platform}). Ask for 1 to "
-            f"{len(found)}.{more}"
+            f"{count} devices were asked for, but there {are} ({found[0].platform}). Ask for {most}.{more}"
         )
     return tuple(found[:count])
 

@@ -320,7 +320,8 @@ class Identifier:
             judged = self.judge(close.candidate, elements=_MORE_ELEMENTS)
             if judged and judged.fits:
                 return judged
-        return best
+        # What does little better says nothing, and would be taken for what the run had done.
+        return best if best.share < finding.share / 2 else finding
 
     def _repairs(self, candidate: Candidate) -> Iterator[Candidate]:
         """Change the hyperparameters stage by stage: each decides for itself which of them fit."""

@@ -33,6 +33,10 @@ class OtherAudit(ValueError):
     """The parts that are there belong to an audit with other options."""
 
 
+class InUse(OtherAudit):
+    """Another process does all of this audit at present, or another one whose parts lie here."""
+
+
 class Parts:
     """A folder of parts.
 
@@ -48,6 +52,7 @@ class Parts:
 
     Raises:
         OtherAudit: there are parts of an audit with other options.
+        InUse: parts should be thrown away that somebody still makes.
         FileError: there are parts of another recording, or what is there is no folder of parts.
         OSError: the folder cannot be made.
     """
@@ -61,7 +66,10 @@ class Parts:
         except (OtherAudit, FileError):
             if not renew or not (path / _MANIFEST).is_file():
                 raise
-            shutil.rmtree(path)
+            with self.sole() as mine:
+                if not mine:
+                    raise self.in_use() from None
+                shutil.rmtree(path)
             there = None
         self.started_at = (there or self._declare(wanted))[_STARTED]
         self.found = sum(1 for _ in self.path.rglob("*.npz"))
@@ -115,8 +123,30 @@ class Parts:
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """Tell whether this is the one process that puts the parts together; the lock ends with the process."""
+        with self._locked(".lock") as got:
+            yield got and (self.path / _MANIFEST).exists()
+
+    @contextlib.contextmanager
+    def sole(self) -> Iterator[bool]:
+        """Tell whether no other process does everything that is left; the lock ends with the process.
+
+        Those that do a share each need not ask.
+        """
+        with self._locked(".process") as got:
+            yield got
+
+    def in_use(self) -> InUse:
+        """Return the error for parts that another process is making."""
+        return InUse(
+            f"{self.path} is in use: another process writes this output at present. Wait for it, stop it, or choose "
+            "another --output."
+        )
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[bool]:
+        """Lock a file in the folder, unless another process has; tell whether that went well."""
         try:
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another has done it, and removed the folder
             yield False
             return
@@ -128,7 +158,7 @@ class Parts:
                 return
             except OSError:  # a file system without locks
                 pass
-            yield (self.path / _MANIFEST).exists()
+            yield True
         finally:
             os.close(descriptor)
 

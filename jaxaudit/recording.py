@@ -687,9 +687,14 @@ def read_token_groups(file: Source) -> TokenGroups:
                 groups.append(("live", np.flatnonzero(~mask)))
         sizes.add(size)
     if len(sizes) != 1 or 0 in sizes:
+        found = (
+            f"lengths {short(sorted(sizes))}"
+            if sizes
+            else f"found: {short(', '.join(file.tensors))}"
+        )
         raise FileError(
-            f"{file.path}: no usable token group (lengths {short(sorted(sizes))}); needed `dead_mask`, "
-            "another `NAME_mask` or `token_group`, all over the same tokens."
+            f"{file.path}: no usable token group ({found}); needed `dead_mask`, another `NAME_mask` or "
+            "`token_group`, all over the same tokens."
         )
     tokens = sizes.pop()
     members = {"all": np.arange(tokens)}

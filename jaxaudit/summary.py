@@ -12,6 +12,8 @@ from jaxaudit.safetensors_file import printable
 #: The band within which the first analyses of such runs called a timestep accounted for.
 RATIO_BAND = (0.99, 1.01)
 
+_UNKNOWN = "the arithmetic may be one that is not in the catalogue (docs/limits.md)"
+
 
 def summarize(dataset: xr.Dataset, free_run: xr.Dataset | None = None) -> dict[str, Any]:
     """Return the summary of an audit, and of a free run, as values that JSON can hold.
@@ -147,9 +149,19 @@ def _recording_line(dataset: xr.Dataset, found: dict[str, Any]) -> str:
     groups = ", ".join(f"{name} {count:,}" for name, count in found["element_count"].items())
     first, last = found["timesteps"]
     return (
-        f"Recording   {printable(found['source'])}: timesteps {first} to {last}, {found['storage_format']}\n"
+        f"Recording   {printable(found['source'])}: timesteps {first} to {last}{_optimizer_steps(dataset)}, "
+        f"{found['storage_format']}\n"
         f"Elements    {groups} per timestep"
     )
+
+
+def _optimizer_steps(dataset: xr.Dataset) -> str:
+    """Say which steps of the optimizer the timesteps are, where the recording began in the middle of a run."""
+    before = int(json.loads(dataset.attrs["recording_metadata"]).get("first_step", 1)) - 1
+    first, last = (int(dataset.timestep[k]) for k in (0, -1))
+    if before < 1 or last - first + 1 != dataset.sizes["timestep"]:
+        return ""
+    return f" (steps {before + first:,} to {before + last:,} of the optimizer)"
 
 
 def _hyperparameter_line(given: dict[str, Any]) -> str:
@@ -157,12 +169,20 @@ def _hyperparameter_line(given: dict[str, Any]) -> str:
         return "no hyperparameters recorded"
     rate = given["learning_rate"]["value"]
     shown = f"{min(rate):g} to {max(rate):g}" if isinstance(rate, list) else repr(rate)
-    origins = sorted({str(entry["origin"]) for entry in given.values()})
     return (
         f"learning rate {shown}, betas {given['beta1']['value']!r} and {given['beta2']['value']!r}, "
         f"eps {given['epsilon']['value']!r}, weight decay {given['weight_decay']['value']!r}\n"
-        f"            from {'; '.join(origins)}"
+        f"            from {_origins(given)}"
     )
+
+
+def _origins(given: dict[str, Any]) -> str:
+    """Name where the numbers come from; what is said of several alike is said once."""
+    named: dict[str, list[str]] = {}
+    for origin in sorted({str(entry["origin"]) for entry in given.values()}):
+        key, _, said = origin.partition(" (")
+        named.setdefault(said, []).append(key)
+    return "; ".join(f"{', '.join(keys)}{said and ' ('}{said}" for said, keys in named.items())
 
 
 def _self_test_line(dataset: xr.Dataset) -> str:
@@ -208,10 +228,7 @@ def _used_lines(found: dict[str, Any]) -> list[str]:
     """Say what was replayed otherwise than the recording states."""
     lines = []
     for name, one in found["arithmetics"].items():
-        changed = [
-            f"{key} {value} instead of the stored one"
-            for key, value in one["hyperparameters"].items()
-        ]
+        changed = [_changed(key, value) for key, value in one["hyperparameters"].items()]
         if one["variant"] or changed:
             lines.append(
                 f"{name} is replayed with {', '.join([one['variant']] * bool(one['variant']) + changed)}."
@@ -219,13 +236,23 @@ def _used_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _changed(key: str, value: Any) -> str:
+    """Say what was used instead of what is stored; a step count is said in words already."""
+    if key == "step_count":
+        return f"{'' if str(value).startswith('no ') else 'step count '}{value}"
+    return f"{key} {value} instead of the stored one"
+
+
 def _first_mismatch_lines(found: dict[str, Any]) -> list[str]:
+    """Say where the weights first differ, or the moments where all weights agree."""
     lines = []
     for name, one in found["arithmetics"].items():
-        at = one["first_mismatch"]["param"]
+        stages = one["first_mismatch"]
+        stage = next((s for s in ("param", "exp_avg", "exp_avg_sq") if stages[s]), "param")
+        at, what = stages[stage], "weight" if stage == "param" else stage
         if at:
             lines.append(
-                f"First weight that differs under {name}: timestep {at['timestep']}, token {at['token']}, "
+                f"First {what} that differs under {name}: timestep {at['timestep']}, token {at['token']}, "
                 f"position {at['position']}, recorded {at['recorded_bits']:#x}, replayed {at['replayed_bits']:#x}"
             )
     return lines
@@ -242,9 +269,10 @@ def _free_run_lines(found: dict[str, Any]) -> list[str]:
         first, count = one["first_divergence"]["all"], one["mismatch_count_at_the_end"]["all"]
         if first > 0:
             far = one["max_ulp_distance_at_the_end"]["all"]
+            differ = f"{count:,} of {total:,} weights differ, by up to {far:,} ulp"
             lines.append(
                 f"Run freely over the gradients alone, {name} parts from it at timestep {first:,}; in the end "
-                f"{count:,} of {total:,} weights differ, by up to {far:,} ulp."
+                f"{differ if count else 'all weights agree again'}."
             )
     return lines
 
@@ -260,13 +288,58 @@ def _nonfinite_lines(found: dict[str, Any]) -> list[str]:
 def _verdict(found: dict[str, Any]) -> str:
     fitting = found["identified_arithmetic"]
     if not fitting:
-        return "No arithmetic that was tried replays this recording bit for bit."
+        return f"No arithmetic that was tried replays this recording bit for bit.{_where_to_look(found)}"
     audited = found["arithmetics"][fitting[0]]["mismatch_count"]
     missing = [stage for stage, count in audited.items() if count is None]
     what = "every audited element" if missing else "every weight and both moments"
     tail = f" ({', '.join(missing)} not audited)" if missing else ""
     told = "" if len(fitting) == 1 else " This recording does not tell them apart."
     return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}.{told}"
+
+
+def _where_to_look(found: dict[str, Any]) -> str:
+    """Say which stages the nearest arithmetic gets right, and what that leaves to be checked."""
+    # The nearest comes first; where only the usual assumption was asked for, its moments decide nothing.
+    name, one = next(iter(found["arithmetics"].items()), ("", {}))
+    counts: dict[str, int | None] = one.get("mismatch_count", {})
+    if not any(counts.values()) or not found["hyperparameters"]:
+        return ""
+    total = found["element_count"]["all"] * found["timestep_count"]
+    wrong = [stage for stage, count in counts.items() if count]
+    right = [stage for stage, count in counts.items() if count == 0]
+    if all((counts[stage] or 0) * 1000 < total for stage in wrong):
+        few = " and ".join(f"{counts[stage]:,} of {stage}" for stage in wrong)
+        return (
+            f"\nUnder {name}, all but {few} agree: look at these elements. The file may be damaged there, or something "
+            f"other than the optimizer wrote to them; else {_UNKNOWN}."
+        )
+    fits = f"{' and '.join(right)} agree{'s' * (len(right) == 1)} and " if right else ""
+    return (
+        f"\nUnder {name}, {fits}{' and '.join(wrong)} differ{'s' * (len(wrong) == 1)}: look at "
+        f"{_suspects(wrong, right, found['hyperparameters'])}. Where these are as they should be, {_UNKNOWN}."
+    )
+
+
+def _suspects(wrong: Sequence[str], right: Sequence[str], given: dict[str, Any]) -> str:
+    """Name what decides the stages that differ, in words; what decides those that agree is beyond suspicion."""
+    betas = f"the betas ({given['beta1']['value']!r} and {given['beta2']['value']!r})"
+    values = {name: entry["value"] for name, entry in given.items()}
+    moments = [stage for stage in wrong if stage != "param"]
+    gradients = (
+        "whether `grad_W` holds in row t the gradient that step t used, clipped and unscaled"
+    )
+    if len(moments) == 2:
+        return f"{gradients}, and at {betas}"
+    if moments:
+        beta = "beta1" if moments == ["exp_avg"] else "beta2"
+        return f"{beta} ({values[beta]!r} is stored)"
+    rate = values["learning_rate"]
+    shown = f"{rate!r} is stored" if not isinstance(rate, list) else "one for each step is stored"
+    unsure = "" if len(right) == 2 else f"{gradients}, at {betas}, "
+    return (
+        f"{unsure}the learning rate ({shown}), eps ({values['epsilon']!r}), weight decay ({values['weight_decay']!r}), the step "
+        "count, and whether anything else than the optimizer changed the weights"
+    )
 
 
 def as_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 
@@ -43,6 +45,28 @@ def add_usual_options(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     p.add_argument("--quiet", action="store_true", help="no progress")
     p.add_argument("--version", action="store_true", help="print the version and exit")
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import what takes a second; an interruption ends the process at once, as extensions would make an ImportError of it."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"interrupted; no result was written\n")
+        os._exit(130)
+
+    usual = signal.getsignal(signal.SIGINT)
+    if (
+        usual is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield  # somebody else's to decide
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def run(command: Callable[[], int]) -> int:

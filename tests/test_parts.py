@@ -324,6 +324,19 @@ def test_two_that_begin_at_once_agree(folder):
         Parts(folder / "p", {"source": "b", "x": [1], "started_at": "third"})
 
 
+def test_a_second_audit_to_the_same_output_is_refused_and_spoils_nothing(folder, whole):
+    held = []
+
+    def second(done: int, of: int, step: int) -> None:
+        for options in ({}, {"overwrite": True}, {"overwrite": True, "steps": "1:3"}):
+            with pytest.raises(Failure, match="in use: another process") as caught:
+                run(**options)
+            held.append(caught.value.status)
+
+    assert run_audit(AuditRequest(recording="run.safetensors", **HOW), second)[0] == 0
+    assert {*held} == {2} and OUTPUT.read_bytes() == whole and not PARTS.exists()
+
+
 CHILD = """
 import sys
 from jaxaudit import strips

@@ -319,6 +319,106 @@ def test_token_groups_that_do_not_fit(refused, run, folder, tensors, message):
     assert message in refused(3, run, "--token-groups", "groups.safetensors")
 
 
+def _off_by_one(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype, array = tensors[key]
+        array = array.copy()
+        array[1:-1] = array[2:].copy()
+        return tensors | {key: (dtype, array)}
+
+    return change
+
+
+def _one_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    dtype, array = tensors["W"]
+    array = array.copy()
+    array[9, 2, 3] ^= 1
+    return tensors | {"W": (dtype, array)}
+
+
+@pytest.mark.parametrize(
+    ("change", "stated", "told"),
+    [
+        (dict, {"learning_rate": 2e-3}, "exp_avg and exp_avg_sq agree and param differs: look at the learning rate (0.002 is stored)"),
+        (dict, {"beta2": 0.95}, "exp_avg agrees and exp_avg_sq and param differ: look at beta2 (0.95 is stored)."),
+        (_off_by_one("grad_W"), {}, "param agrees and exp_avg and exp_avg_sq differ: look at whether `grad_W` holds in row t"),
+        (_one_bit, {}, "all but 2 of param agree: look at these elements."),
+        (dict, {}, "Replays bit for bit"),
+    ],
+    ids=["rate", "beta2", "gradients", "bit", "right"],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_where_to_look(command, folder, change, stated, told):
+    tensors, metadata = short_run()
+    numbers = json.loads(metadata["hyperparameters"]) | stated
+    write(folder / "run.safetensors", change(tensors), metadata | {"hyperparameters": json.dumps(numbers)})  # fmt: skip
+    outcome = command("run.safetensors", "--arithmetic", "torch-cpu-loop", *ONLY)
+    assert outcome.status == 0
+    assert told in outcome.out
+    assert ("Where these" in outcome.out or "else the arithmetic" in outcome.out) == ("Replays" not in told)  # fmt: skip
+
+
+def test_where_no_moment_is_wrong_the_first_wrong_one_is_named(command, folder):
+    tensors, metadata = short_run()
+    dtype, array = tensors["grad_W"]
+    array = array.copy()
+    array[7, 3, 4] = 0x7FC0
+    write(folder / "run.safetensors", tensors | {"grad_W": (dtype, array)}, metadata)
+    said = command("run.safetensors", "--arithmetic", "torch-cpu-loop", *ONLY).out
+    assert (
+        "First exp_avg that differs under torch-cpu-loop: timestep 7, token 3, position 4" in said
+    )
+
+
+def test_a_resumed_run_says_which_steps_of_the_optimizer_it_holds(command, folder):
+    tensors, metadata = short_run()
+    cut = {k: (d, a[4:] if a.shape[:1] == (13,) else a) for k, (d, a) in tensors.items()}
+    cut["num_steps"] = ("I64", np.asarray(8, "<i8"))
+    write(folder / "run.safetensors", cut, metadata | {"first_step": "5"})
+    said = command("run.safetensors", "--arithmetic", "torch-cpu-loop", *ONLY).out
+    assert "timesteps 1 to 8 (steps 5 to 12 of the optimizer), bfloat16" in said
+    assert "Replays bit for bit under torch-cpu-loop" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--output", "x/"], "--output: x/ is a folder"),
+        (["--report", "x/"], "--report: x/ is a folder"),
+    ],
+)
+def test_arguments_that_mean_nothing(refused, run, arguments, message):
+    assert message in refused(2, run, *arguments)
+
+
+def test_an_interruption_while_modules_load_is_one(folder):
+    (folder / "slow.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from jaxaudit import terminal\n"
+        "def work():\n"
+        "    with terminal.importing():\n"
+        "        try:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "        except KeyboardInterrupt as error:  # as NumPy and jaxlib do\n"
+        "            raise ImportError('failed to import') from error\n"
+        "    return 0\n"
+        "sys.exit(terminal.run(work))\n"
+    )
+    done = subprocess.run([sys.executable, "slow.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; no result was written\n"
+
+
+def test_a_folder_of_recordings_and_an_archive_are_told_from_checkpoints(refused, run, folder):
+    assert "Of a recording in one file, give the file." in refused(3, folder)
+    shutil.copy(run, folder / "run-1.safetensors")
+    os.rename(run, folder / "run-2.safetensors")
+    assert "run-1.safetensors in it is a recording of its own" in refused(3, folder)
+    np.savez(folder / "x.npz", W=np.zeros(3))
+    assert "an archive of NumPy" in refused(3, "x.npz")
+
+
 def test_token_groups_that_are_no_file(refused, run):
     assert "absent: cannot be opened" in refused(3, run, "--token-groups", "absent")
     assert "no usable token group" in refused(3, run, "--token-groups", run)

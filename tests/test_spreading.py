@@ -68,6 +68,8 @@ def test_workers_that_die_are_replaced(tmp_path):
 def test_no_scheduler_no_dask(tmp_path, monkeypatch):
     parts = Parts(tmp_path / "p", MANIFEST)
     monkeypatch.setattr(spreading, "_LOST", 1.0)
+    with pytest.raises(SpreadingError, match="missing port number"):
+        do_with_dask(do, str(parts.path), NAMES, parts, scheduler="tcp://host")
     with pytest.raises(SpreadingError, match="tcp://127.0.0.1:9 cannot be reached"):
         do_with_dask(do, str(parts.path), NAMES, parts, scheduler="tcp://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "distributed", None)

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser, importing
 
 _NAME = "jaxaudit audit"
 
@@ -83,8 +83,9 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    from jaxaudit.commands import AuditRequest, Failure
-    from jaxaudit.models.command import run_audit
+    with importing():
+        from jaxaudit.commands import AuditRequest, Failure
+        from jaxaudit.models.command import run_audit
 
     request = AuditRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
 

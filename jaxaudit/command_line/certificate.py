@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser, importing
 
 _NAME = "jaxaudit certificate"
 
@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
-    from jaxaudit.commands import Failure
-    from jaxaudit.rounding.command import CrossCheckRequest, cross_check_rounding
+    with importing():
+        from jaxaudit.commands import Failure
+        from jaxaudit.rounding.command import CrossCheckRequest, cross_check_rounding
 
     wanted = {k: v for k, v in vars(arguments).items() if k not in ("version", "quick", "quiet")}
 

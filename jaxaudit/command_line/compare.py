@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import add_usual_options, answer, complete, described_parser
+from jaxaudit.terminal import add_usual_options, answer, complete, described_parser, importing
 
 _NAME = "jaxaudit compare"
 
@@ -56,8 +56,9 @@ def _main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.b is None:  # not argparse's to check, or --version would need both
         print(f"{program}: error: two files are needed, A and B; see --help", file=sys.stderr)
         return 2
-    from jaxaudit.commands import Failure
-    from jaxaudit.divergence.command import CompareRequest, compare_runs
+    with importing():
+        from jaxaudit.commands import Failure
+        from jaxaudit.divergence.command import CompareRequest, compare_runs
 
     request = CompareRequest(**{k: v for k, v in vars(arguments).items() if k != "version"})
     return complete(

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxaudit.terminal import answer, described_parser, put
+from jaxaudit.terminal import answer, described_parser, importing, put
 
 _NAME = "jaxaudit preflight"
 
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 def _main(arguments: argparse.Namespace, program: str) -> int:
     import json
 
-    from jaxaudit.preflight import preflight
+    with importing():
+        from jaxaudit.preflight import preflight
 
     others = ("json", "l2", "quiet", "version")
     asked = {k: v for k, v in vars(arguments).items() if k not in others}

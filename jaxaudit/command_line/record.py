@@ -15,6 +15,7 @@ written; 130 interrupted.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import signal
 import sys
 import threading
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 
 def _main(arguments: argparse.Namespace, program: str) -> int:
     try:
+        with terminal.importing():
+            importlib.import_module("jaxaudit.recorders.small_language_model")
         with one_interruption():
             return record(arguments, program)
     except KeyboardInterrupt:

@@ -760,7 +760,8 @@ def check_path(path: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise FileExistsError(
-            errno.EEXIST, f"{path} exists. Choose another path, or ask for it to be overwritten"
+            errno.EEXIST,
+            f"{path} exists. Choose another path, or replace it with overwrite=True (--overwrite)",
         )
 
 

@@ -254,7 +254,9 @@ def check_parameter(parameter: torch.Tensor) -> None:
             f"holds dense {', '.join(str(dtype) for dtype in DTYPES)}. Record another parameter."
         )
     if parameter.ndim < 1:
-        raise ValueError("the parameter has no axis; recordings need a row axis, axis 0.")
+        raise ValueError(
+            "the parameter has no axis; recordings need a row axis, axis 0. jaxaudit.record takes it as one row."
+        )
 
 
 def _check_moments(moments: str) -> str:

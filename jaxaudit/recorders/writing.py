@@ -424,7 +424,8 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(
-            errno.EEXIST, f"{path} exists. Choose another path, or ask for it to be overwritten"
+            errno.EEXIST,
+            f"{path} exists. Choose another path, or replace it with overwrite=True (--overwrite)",
         )
 
 

@@ -157,7 +157,7 @@ class Series:
         if len(found) < 2:
             raise FileError(
                 f"{path}: {len(found)} checkpoints found; needed two at least, in files or folders named by their "
-                "number (step_000100, checkpoint-100, ckpt_5.pt, ...)."
+                "number (step_000100, checkpoint-100, ckpt_5.pt, ...). Of a recording in one file, give the file."
             )
         reader, self._parameter = _Reader(), parameter
         self._states = [self._state(reader, *checkpoint) for checkpoint in found]
@@ -199,6 +199,11 @@ class Series:
 
     def _name(self, place: Path, contents: Contents) -> str:
         if self._parameter is None:
+            if place.is_file() and {"W", "grad_W"} <= {*contents.weights}:
+                raise FileError(
+                    f"{self._path}: {place.name} in it is a recording of its own. Give that file, or a folder of "
+                    "checkpoints or of jaxaudit.record."
+                )
             if len(contents.weights) != 1:
                 raise FileError(
                     f"{self._path}: {len(contents.weights)} parameters in {place.name}; name one with parameter=. "

@@ -51,6 +51,11 @@ def open_source(
     if kind == "hdf5":
         return Opened(Hdf5Source(path, parameter))
     if kind == "torch":
+        if path.suffix == ".npz":
+            raise FileError(
+                f"{path}: an archive of NumPy, which is no recording. Write its arrays with "
+                "safetensors.numpy.save_file."
+            )
         raise FileError(
             f"{path}: a file of torch.save, which holds one state at most. Give the folder with a series of "
             "checkpoints, consecutive steps among them."
