@@ -256,9 +256,8 @@ def kept_parts(
             notice(f"going on with the audit of {parts.started_at} in {parts.path}")
         with _kept_when_interrupted(parts):
             yield parts
-    with contextlib.suppress(
-        OSError
-    ):  # over NFS a folder with a lock in it outlives what was in it
+    # Over NFS a folder with a lock in it outlives what was in it.
+    with contextlib.suppress(OSError):
         parts.path.rmdir()
 
 

@@ -83,7 +83,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Any]:
     try:
         from dask import config
         from distributed import Client, LocalCluster
-        from distributed.comm import get_address_host_port
+        from distributed.comm.addressing import get_address_host_port
     except ImportError as error:
         raise SpreadingError(
             'workers need dask.distributed, which is not installed: pip install "jaxaudit[distributed]".'
@@ -104,9 +104,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Any]:
             )
         try:
             if scheduler is not None:
-                get_address_host_port(
-                    scheduler
-                )  # a client that fails at this hangs when it is deleted
+                # A client that fails at this hangs when it is deleted.
+                get_address_host_port(scheduler)
             client = Client(where, timeout=_LOST, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise SpreadingError(
