@@ -36,8 +36,8 @@ def test_a_whole_model_replays_bit_for_bit(tmp_path, proof, form):
     arithmetic, make = proof.FORMS[form]
     make(tmp_path / "run", 50)
     assert len(list((tmp_path / "run").glob("*.safetensors"))) >= 20
-    found = proof.audit_folder(tmp_path / "run", arithmetic, every=9)
-    assert len(found) >= 3 and set(found.values()) == {0}
+    found = proof.audit_folder(tmp_path / "run", arithmetic, every=12)
+    assert len(found) >= 2 and set(found.values()) == {0}
 
 
 #: What is run in a process of its own: transformers takes long to import, and brings warnings that are not ours.
