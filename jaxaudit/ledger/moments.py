@@ -320,7 +320,8 @@ def _threshold(corrections: NDArray[np.float64], epsilon: float) -> NDArray[np.u
     while (low < high).any():
         middle = (low + high) // 2
         values = decode(middle.astype(np.uint32), FLOAT32).astype(np.float64)
-        smaller = np.sqrt(values) / corrections < epsilon
+        with np.errstate(divide="ignore", invalid="ignore"):  # a correction is 0 where beta2 is 1
+            smaller = np.sqrt(values) / corrections < epsilon
         low, high = np.where(smaller, middle + 1, low), np.where(smaller, high, middle)
     return low.astype(np.uint32)
 
