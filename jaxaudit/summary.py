@@ -313,6 +313,13 @@ def _where_to_look(found: dict[str, Any]) -> str:
             f"\nUnder {name}, all but {few} agree: look at these elements. The file may be damaged there, or something "
             f"other than the optimizer wrote to them; else {_UNKNOWN}."
         )
+    apart = found["timestep_count"] - one.get("exact_timesteps", {}).get("all", 0)
+    if wrong == ["param"] and len(right) == 2 and apart * 2 < found["timestep_count"]:
+        return (
+            f"\nUnder {name}, the moments agree and the weights differ in {apart:,} of {found['timestep_count']:,} timesteps, "
+            f"the first {one['first_mismatch']['param']['timestep']:,}: look at what other than the optimizer changed the "
+            f"weights before these, and at their learning rate. Where that is as it should be, {_UNKNOWN}."
+        )
     fits = f"{' and '.join(right)} agree{'s' * (len(right) == 1)} and " if right else ""
     return (
         f"\nUnder {name}, {fits}{' and '.join(wrong)} differ{'s' * (len(wrong) == 1)}: look at "
