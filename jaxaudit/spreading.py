@@ -83,7 +83,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Any]:
     try:
         from dask import config
         from distributed import Client, LocalCluster
-        from distributed.comm import get_address_host_port
+        from distributed.comm.addressing import get_address_host_port
     except ImportError as error:
         raise SpreadingError(
             'workers need dask.distributed, which is not installed: pip install "jaxaudit[distributed]".'
