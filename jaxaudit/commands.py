@@ -715,7 +715,7 @@ def _text(
         if lacking:
             one["coverage"] = dict(lacking)
         return json.dumps(one | {"output": str(output)}, allow_nan=False, default=_plain)
-    lines = [summary.describe(dataset, own_way)]
+    lines = [summary.describe(dataset, own_way), *_looking(request, dataset)]
     lines += ["", *(each["sentence"] for each in told)] if told else []
     lines += _lacking_lines(lacking)
     if not met:
@@ -723,6 +723,15 @@ def _text(
             f"Expected {request.expect}, but the recording does not replay bit for bit under it."
         )
     return "\n".join([*lines, f"Written to {printable(str(output))}"])
+
+
+def _looking(request: AuditRequest, dataset: xr.Dataset) -> list[str]:
+    """Say what to look at where nothing fits, or that not everything was tried."""
+    if dataset.attrs["identified_arithmetic"] or not dataset.sizes["arithmetic"]:
+        return []
+    if not {"auto", "all"} & {*_wanted_arithmetics(request)}:
+        return ["`--arithmetic auto` tries all others."]
+    return [*filter(None, [summary.where_to_look(dataset)])]
 
 
 def _lacking_lines(lacking: Mapping[str, str]) -> list[str]:

@@ -288,7 +288,7 @@ def _nonfinite_lines(found: dict[str, Any]) -> list[str]:
 def _verdict(found: dict[str, Any]) -> str:
     fitting = found["identified_arithmetic"]
     if not fitting:
-        return f"No arithmetic that was tried replays this recording bit for bit.{_where_to_look(found)}"
+        return "No arithmetic that was tried replays this recording bit for bit."
     audited = found["arithmetics"][fitting[0]]["mismatch_count"]
     missing = [stage for stage, count in audited.items() if count is None]
     what = "every audited element" if missing else "every weight and both moments"
@@ -297,9 +297,14 @@ def _verdict(found: dict[str, Any]) -> str:
     return f"Replays bit for bit under {', '.join(fitting)}: {what} of every timestep{tail}.{told}"
 
 
-def _where_to_look(found: dict[str, Any]) -> str:
-    """Say which stages the nearest arithmetic gets right, and what that leaves to be checked."""
-    # The nearest comes first; where only the usual assumption was asked for, its moments decide nothing.
+def where_to_look(dataset: xr.Dataset) -> str:
+    """Say which stages the nearest arithmetic of an audit gets right, and what that leaves to be checked.
+
+    It tells something where all arithmetics were tried: else another may fit. "" where one fits.
+    """
+    found = _summarize_audit(dataset)
+    if found["identified_arithmetic"]:
+        return ""
     name, one = next(iter(found["arithmetics"].items()), ("", {}))
     counts: dict[str, int | None] = one.get("mismatch_count", {})
     if not any(counts.values()) or not found["hyperparameters"]:
@@ -310,12 +315,19 @@ def _where_to_look(found: dict[str, Any]) -> str:
     if all((counts[stage] or 0) * 1000 < total for stage in wrong):
         few = " and ".join(f"{counts[stage]:,} of {stage}" for stage in wrong)
         return (
-            f"\nUnder {name}, all but {few} agree: look at these elements. The file may be damaged there, or something "
+            f"Under {name}, all but {few} agree: look at these elements. The file may be damaged there, or something "
             f"other than the optimizer wrote to them; else {_UNKNOWN}."
+        )
+    apart = found["timestep_count"] - one.get("exact_timesteps", {}).get("all", 0)
+    if wrong == ["param"] and len(right) == 2 and apart * 2 < found["timestep_count"]:
+        return (
+            f"Under {name}, the moments agree and the weights differ in {apart:,} of {found['timestep_count']:,} timesteps, "
+            f"the first {one['first_mismatch']['param']['timestep']:,}: look at what other than the optimizer changed the "
+            f"weights before these, and at their learning rate. Where that is as it should be, {_UNKNOWN}."
         )
     fits = f"{' and '.join(right)} agree{'s' * (len(right) == 1)} and " if right else ""
     return (
-        f"\nUnder {name}, {fits}{' and '.join(wrong)} differ{'s' * (len(wrong) == 1)}: look at "
+        f"Under {name}, {fits}{' and '.join(wrong)} differ{'s' * (len(wrong) == 1)}: look at "
         f"{_suspects(wrong, right, found['hyperparameters'])}. Where these are as they should be, {_UNKNOWN}."
     )
 

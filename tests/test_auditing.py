@@ -432,7 +432,7 @@ def test_devices_do_not_change_a_bit(tmp_path, case):
 
 
 def test_more_devices_than_there_are(recorded):
-    with pytest.raises(BackendError, match="3 devices were asked for, but there are 1"):
+    with pytest.raises(BackendError, match="3 devices were asked for, but there is 1"):
         audit(recorded, devices=3)
     with pytest.raises(BackendError, match=r"there is 1 \(cpu\). Ask for 1\."):
         audit(recorded, devices=0)

@@ -401,9 +401,9 @@ def test_expectation(command, folder):
     loop = ("--only", "accounting", "--arithmetic", "torch-cpu-loop", "--overwrite")
     given = (*loop, "--expect", "torch-cpu-loop")
     status, out, _ = command(folder, *given, "--parameters", r"0\.weight|conv")
-    assert status == 0 and "Expected" not in out
+    assert status == 0 and "Expected" not in out and "look at" not in out
     status, out, _ = command(folder, *given, "--parameters", "weight$")
-    assert status == 1
+    assert status == 1 and f"`--parameter {DAMAGED}` says what to look at." in out
     assert f"Expected torch-cpu-loop, but {DAMAGED} does not replay bit for bit under it." in out
     status, out, _ = command(folder, *given, "--parameters", "weight$", "--json")
     told = json.loads(out)

@@ -31,7 +31,7 @@ import xarray as xr
 from recordings import Tensor, f32, f64, header_of, parse, serialize, short_run, small_run, write
 
 import jaxaudit
-from jaxaudit import auditing, commands, operations, plots, results
+from jaxaudit import auditing, commands, operations, plots, results, summary
 from jaxaudit.arithmetics import CATALOGUE
 from jaxaudit.ledger import figures
 from jaxaudit.replay import SelfTestError
@@ -336,6 +336,13 @@ def _one_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"W": (dtype, array)}
 
 
+def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    dtype, array = tensors["W"]
+    array = array.copy()
+    array[9] ^= 1
+    return tensors | {"W": (dtype, array)}
+
+
 @pytest.mark.parametrize(
     ("change", "stated", "told"),
     [
@@ -343,18 +350,29 @@ def _one_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (dict, {"beta2": 0.95}, "exp_avg agrees and exp_avg_sq and param differ: look at beta2 (0.95 is stored)."),
         (_off_by_one("grad_W"), {}, "param agrees and exp_avg and exp_avg_sq differ: look at whether `grad_W` holds in row t"),
         (_one_bit, {}, "all but 2 of param agree: look at these elements."),
-        (dict, {}, "Replays bit for bit"),
+        (_one_row, {}, "the weights differ in 2 of 12 timesteps, the first 9: look at what other than the optimizer"),
+        (dict, {}, ""),
     ],
-    ids=["rate", "beta2", "gradients", "bit", "right"],
+    ids=["rate", "beta2", "gradients", "bit", "row", "right"],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_where_to_look(command, folder, change, stated, told):
+def test_what_does_not_fit_is_told_where_to_look(folder, change, stated, told):
     tensors, metadata = short_run()
     numbers = json.loads(metadata["hyperparameters"]) | stated
-    write(folder / "run.safetensors", change(tensors), metadata | {"hyperparameters": json.dumps(numbers)})  # fmt: skip
-    outcome = command("run.safetensors", "--arithmetic", "torch-cpu-loop", *ONLY)
-    assert outcome.status == 0
-    assert told in outcome.out
-    assert ("Where these" in outcome.out or "else the arithmetic" in outcome.out) == ("Replays" not in told)  # fmt: skip
+    metadata |= {"hyperparameters": json.dumps(numbers)}
+    path = write(folder / "run.safetensors", change(tensors), metadata)
+    with jaxaudit.open_recording(path) as recording:
+        said = summary.where_to_look(jaxaudit.audit(recording, arithmetics="torch-cpu-loop"))
+    assert told in said and bool(said) == bool(told)
+    assert ("docs/limits.md" in said) == bool(told)
+
+
+def test_the_command_says_where_to_look_after_all_were_tried(command, folder):
+    tensors, metadata = short_run()
+    write(folder / "run.safetensors", _one_bit(tensors), metadata)
+    said = command("run.safetensors", *ONLY).out
+    assert "all but 2 of param agree: look at these elements." in said
+    said = command("run.safetensors", *FEW, "--overwrite").out
+    assert "look at" not in said and "`--arithmetic auto` tries all others." in said
 
 
 def test_where_no_moment_is_wrong_the_first_wrong_one_is_named(command, folder):

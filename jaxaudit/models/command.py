@@ -195,8 +195,14 @@ class _Run:
                     "not_as_expected": unmet,
                 }
             return json.dumps(one | {"output": str(self._output)}, allow_nan=False)
-        lines = [account.describe(self._overview), *self._notes()]
+        lines = [account.describe(self._overview), *self._notes(), *self._where_to_look()]
         return "\n".join([*lines, f"Written to {printable(str(self._output))}"])
+
+    def _where_to_look(self) -> list[str]:
+        """Say how to be told more of the worst parameter, if it does not replay."""
+        ranked = self._overview.sortby("rank_by_mismatches")
+        wrong = ranked.parameter.values[(ranked.mismatch_total > 0).any("stage").values]
+        return [f"`--parameter {printable(wrong[0])}` says what to look at."] if wrong.size else []
 
     def _notes(self) -> list[str]:
         """Say what was asked for and is not so."""
