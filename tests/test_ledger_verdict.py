@@ -258,6 +258,11 @@ def test_the_nearest_remedy_is_one_that_a_run_could_use(trees):
         "Left to itself over the recorded gradients, Kahan summation ends nearest to float32 master weights: 1.25 away "
         f"(L2) instead of 9.5, and 100 of 100 tokens still move instead of {moving[0]}."
     )
+    alike = tree["counterfactual"].free_moving_tokens.values.copy()
+    alike[:] = alike[:1]
+    same = one(changed(tree, "counterfactual", free_moving_tokens=alike), "Left to itself")
+    assert same is not None
+    assert same.endswith(f"instead of 9.5, and {moving[0]} of 100 tokens still move, as before.")
     apart = tree["counterfactual"].free_distance.values.copy()
     apart[4] = 0.001  # an expectation is no run
     assert one(changed(tree, "counterfactual", free_distance=apart), "Left to itself") == text

@@ -297,7 +297,7 @@ def test_the_file_holds_what_the_library_returns(command, folder, found, tmp_pat
     assert lines[5].startswith(DAMAGED) and lines[-1] == "Written to results/model.nc"
     assert lines[4].split() == (
         "parameter, the worst first group shape replayed as exp_avg differs exp_avg_sq differs param differs lost "
-        "updates stuck v"
+        "updates exp_avg_sq stuck"
     ).split()  # fmt: skip
 
 

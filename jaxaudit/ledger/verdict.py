@@ -438,10 +438,10 @@ def _left_alone(tree: Tree) -> Sentence | None:
 def _moving_clause(end: xr.Dataset, remedy: str) -> str:
     moving = end.free_moving_tokens
     now, before = int(moving.sel(remedy=remedy)), int(moving.sel(remedy=RECORDED))
-    verb, count = "moves" if now == 1 else "move", end.sizes["token"]
-    return (
-        f", and {_none(now)} of {_counted(count, 'token')} still {verb} instead of {_none(before)}"
-    )
+    verb, count = "moves" if now == 1 else "move", _counted(end.sizes["token"], "token")
+    if now == before:
+        return f", and {_none(now)} of {count} still {verb}, as before"
+    return f", and {_none(now)} of {count} still {verb} instead of {_none(before)}"
 
 
 def _quality(tree: Tree) -> Sentence | None:

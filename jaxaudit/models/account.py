@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from jaxaudit.ledger.verdict import Sentence, percent, short
 from jaxaudit.models.overview import worst_first
+from jaxaudit.results import NOT_AUDITED
 from jaxaudit.safetensors_file import printable
 from jaxaudit.summary import as_table
 
@@ -36,7 +37,7 @@ def summarize(overview: xr.Dataset) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for k, name in enumerate(overview.parameter.values.tolist()):
         one = overview.isel(parameter=k)
-        row = {variable: _plain(one[variable].values.item()) for variable in told}
+        row = {variable: _plain(variable, one[variable].values.item()) for variable in told}
         row["identified_arithmetic"] = [x for x in row["identified_arithmetic"].split(",") if x]
         row["mismatch_total"] = {
             str(stage): int(count) if audited else None
@@ -84,7 +85,7 @@ def _parameter_table(overview: xr.Dataset) -> list[str]:
     # One line more would say less than the parameter itself.
     shown = order if order.size <= LINES else order[: LINES - 1]
     head = ["parameter, the worst first", "group", "shape", "replayed as", *_stages(overview)]
-    rows = [[*head, "lost updates", "stuck v"], *(_line(overview, k) for k in shown)]
+    rows = [[*head, "lost updates", "exp_avg_sq stuck"], *(_line(overview, k) for k in shown)]
     lines = as_table(rows)
     return lines if order.size <= LINES else [*lines, rest(overview, order[shown.size :])]
 
@@ -160,7 +161,7 @@ def _replayed(overview: xr.Dataset) -> Sentence | None:
         which = f"{count:,} of {of:,} parameters replay{'s' * (count == 1)}"
     stages = _stage_clause(exact)
     return Sentence(
-        f"{which} bit for bit under {_arithmetics(exact)} ({_counted(elements, 'step of an element', 'steps of elements')}"
+        f"{which} bit for bit under {_arithmetics(exact)} ({_counted(elements, 'update', 'updates')}"
         f"{stages}).",
         variables,
     )
@@ -291,8 +292,10 @@ def _counted(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(variable: str, value: Any) -> Any:
+    """Return a value that JSON can hold: None for what there is not, and for what was not counted."""
+    uncounted = variable.endswith("_total") and value == NOT_AUDITED
+    return None if uncounted or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def in_words(numbers: Sequence[str], most: int = _NAMED) -> str:
