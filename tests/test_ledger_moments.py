@@ -17,7 +17,7 @@ from runs import save, setting, torch_runs
 from jaxaudit import strips
 from jaxaudit.arithmetics import VARIANTS, Options, make_step
 from jaxaudit.floats import BFLOAT16, FLOAT16, FLOAT32
-from jaxaudit.ledger import moments
+from jaxaudit.ledger import counting, moments
 from jaxaudit.ledger.moments import Moments, chosen_tokens, with_float32_moments
 from jaxaudit.ledger.subject import Subject
 from jaxaudit.operations import numpy_operations
@@ -386,7 +386,7 @@ def test_ratios_far_from_one_another_are_counted_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Ratios beyond what is counted in pairs, in every window, below and above."""
-    monkeypatch.setattr(moments, "_HISTOGRAMS", 1)  # each step by itself
+    monkeypatch.setattr(counting, "_AT_ONCE", 1)  # each step by itself
     run = drawn(shape=(4, 96, 1), seed=22, specials=False)
     run.patterns["variance_W"][1:] = patterns_of(
         np.exp2(np.random.default_rng(0).integers(-100, 90, (4, 96, 1)) / 1.5), "BF16"

@@ -27,6 +27,9 @@ SIZES = (HIGHEST - LOWEST) * STEPS_PER_BINADE
 #: Probabilities of the quantiles that datasets hold.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
+#: Numbers of the histograms that are made at once: they stay in the cache, and in memory that malloc keeps.
+_AT_ONCE = 1 << 19
+
 _SHIFT = 52 - STEPS_PER_BINADE.bit_length() + 1
 
 
@@ -42,6 +45,11 @@ def size_code(sizes: Any) -> Any:
         steps, clip = lax.bitcast_convert_type(sizes, jnp.int64) >> _SHIFT, jnp.clip
     origin = (1023 + LOWEST) * STEPS_PER_BINADE
     return clip(steps - origin, 0, SIZES - 1).astype(np.int32)
+
+
+def steps_at_once(groups: int, bins: int) -> int:
+    """Return of how many timesteps histograms are made at once."""
+    return max(1, _AT_ONCE // (groups * bins))
 
 
 def size_edges() -> NDArray[np.float64]:
@@ -107,7 +115,9 @@ class GroupCounter:
             self._offsets[key] = jax.device_put(kind.astype(np.int32), self._device)
         return self._offsets[key]
 
-    def count(self, codes: jax.Array, steps: int, bins: int) -> NDArray[np.int64]:
+    def count(
+        self, codes: jax.Array | NDArray[np.int32], steps: int, bins: int
+    ) -> NDArray[np.int64]:
         """Count on the host: (steps, groups, bins) of the first `steps` rows of codes.
 
         Args:

@@ -24,7 +24,14 @@ from jaxaudit.comparison import fold, larger
 from jaxaudit.devices import Device
 from jaxaudit.floats import FLOAT16, FLOAT32, Format, decode
 from jaxaudit.free_running import FreeRun
-from jaxaudit.ledger.counting import QUANTILES, SIZES, GroupCounter, quantiles, size_code
+from jaxaudit.ledger.counting import (
+    QUANTILES,
+    SIZES,
+    GroupCounter,
+    quantiles,
+    size_code,
+    steps_at_once,
+)
 from jaxaudit.ledger.subject import ExactRule, Seen, Subject
 from jaxaudit.ledger.variables import MOMENTS
 from jaxaudit.operations import ExactOperations, compile_exactly, kept, widen_patterns
@@ -62,9 +69,6 @@ _NEAR = 64
 _UNCOUNTED, _ELSEWHERE = _NEAR * _NEAR, _NEAR * _NEAR + 1
 
 _PAIRS = _NEAR * _NEAR + 2
-
-#: Numbers of the histograms that are made at once.
-_HISTOGRAMS = 1 << 22
 
 
 class Moments(Countable):
@@ -406,7 +410,7 @@ class _Ratios(Countable):
         #: First bins of those that codes tell apart: where most ratios of the window before were.
         self._near = np.full(2, (SIZES - _NEAR) // 2, np.int32)
         groups = subject.counts[1]
-        self._length = min(subject.bench.length, max(1, _HISTOGRAMS // (groups * _PAIRS)))
+        self._length = min(subject.bench.length, steps_at_once(groups, _PAIRS))
         self._histograms = np.zeros((2, self._length, groups, SIZES), np.int64)
 
     def code(
@@ -449,7 +453,7 @@ class _Ratios(Countable):
         """Count some steps from the window's `first` on."""
         steps = len(codes)
         self._histograms[:] = 0
-        pairs = self._counter.count(codes, steps, _PAIRS)  # type: ignore[arg-type]
+        pairs = self._counter.count(codes, steps, _PAIRS)
         inside = pairs[..., :_UNCOUNTED].reshape(*pairs.shape[:2], _NEAR, _NEAR)
         for k, axis in enumerate((-1, -2)):
             at = slice(near[k], near[k] + _NEAR)
@@ -501,7 +505,7 @@ class _Ratios(Countable):
                 meant = [np.ones(where.shape, bool), _positive(values[-1], values32[-1])]
             for found, size, counts in zip(self._histograms, sizes, meant, strict=True):
                 each = np.where(counts, size_code(size), SIZES) + kinds[where]
-                counted = self._counter.count(each[None], 1, SIZES + 1)  # type: ignore[arg-type]
+                counted = self._counter.count(each[None], 1, SIZES + 1)
                 found[i] += counted[0, :, :SIZES]
 
     def _middle(self) -> NDArray[np.int32]:

@@ -164,12 +164,16 @@ class Updates(Countable):
         return slice(place.start + start, min(place.start + start + steps, place.stop))
 
     def _count(self, seen: Seen, start: int, codes: jax.Array) -> None:
-        place = self._place(seen, start, codes.shape[0])
-        found = self._counter.count(codes, place.stop - place.start, _CODES)
-        sized = found[..., :_IDLE].reshape(*found.shape[:2], _CLASSES, SIZES)
-        self._classes[place] += sized.sum(axis=-1)
-        self._others[place] += found[..., _IDLE:]
-        self._sizes.add(place.start, sized.sum(axis=-2))
+        place, rows = self._place(seen, start, codes.shape[0]), np.asarray(codes)
+        most = counting.steps_at_once(self._classes.shape[1], _CODES)
+        for k in range(0, place.stop - place.start, most):
+            steps = min(most, place.stop - place.start - k)
+            part = slice(place.start + k, place.start + k + steps)
+            found = self._counter.count(rows[k:], steps, _CODES)
+            sized = found[..., :_IDLE].reshape(*found.shape[:2], _CLASSES, SIZES)
+            self._classes[part] += sized.sum(axis=-1)
+            self._others[part] += found[..., _IDLE:]
+            self._sizes.add(part.start, sized.sum(axis=-2))
 
     def _add(self, seen: Seen, start: int, sums: jax.Array) -> None:
         place = self._place(seen, start, sums.shape[1])
