@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 def _main(arguments: argparse.Namespace, program: str) -> int:
     try:
         with terminal.importing():
-            importlib.import_module("jaxaudit.recorders.small_language_model")
+            for name in ("torch", "jaxaudit.recorders.small_language_model"):  # the first to be missed
+                importlib.import_module(name)
         with one_interruption():
             return record(arguments, program)
     except KeyboardInterrupt:
