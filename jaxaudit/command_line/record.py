@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None, program: str = _NAME) -> int:
 def _main(arguments: argparse.Namespace, program: str) -> int:
     try:
         with terminal.importing():
-            for name in ("torch", "jaxaudit.recorders.small_language_model"):  # the first to be missed
+            # Of what is missing, the first is named.
+            for name in ("torch", "jaxaudit.recorders.small_language_model"):
                 importlib.import_module(name)
         with one_interruption():
             return record(arguments, program)
