@@ -403,6 +403,7 @@ with jaxaudit.open_recording(sys.argv[1]) as recording:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [  # rows that come out even, and rows that do not, without recorded moments

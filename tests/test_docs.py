@@ -144,7 +144,18 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("page", [name for name in PAGES if blocks(name) and name not in ELSEWHERE])
+#: Pages whose blocks take a quarter of a minute.
+LONG = ("whole-models.md",)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in LONG else ())
+        for name in PAGES
+        if blocks(name) and name not in ELSEWHERE
+    ],
+)
 def test_every_block_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -158,7 +158,7 @@ def test_overwrite_rules(tmp_path):
     with make(tmp_path / "run") as writer:
         append(writer), append(writer)
     (tmp_path / "run" / "notes").write_text("precious")
-    with pytest.raises(FileExistsError, match="overwritten"):
+    with pytest.raises(FileExistsError, match="replace it with overwrite=True"):
         make(tmp_path / "run")
     with make(tmp_path / "run", overwrite=True) as writer:
         append(writer), append(writer), append(writer)

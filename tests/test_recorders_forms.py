@@ -30,6 +30,7 @@ def proof(monkeypatch):
     return importlib.import_module("prove_recorders")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["loop", "fused", "optax"])
 def test_a_whole_model_replays_bit_for_bit(tmp_path, proof, form):
     """Some steps and some of the tensors; 200 steps of all of them in scripts/prove_recorders.py."""
@@ -95,6 +96,7 @@ def done(tmp_path_factory):
     return {name: (folder / name, *each) for name, each in told.items()}
 
 
+@pytest.mark.long
 def test_the_trainer_s_two_ways_to_bfloat16_are_told_apart(done):
     _, printed, failed = done["trainer"]
     assert not failed, failed
@@ -215,6 +217,7 @@ def test_optax_refuses_what_it_cannot_record(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.long
 def test_the_page_s_snippets_run(done):
     folder, printed, failed = done["page"]
     assert not failed, failed

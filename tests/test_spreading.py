@@ -128,6 +128,7 @@ def test_a_scheduler_that_dies_ends_the_command(tmp_path, monkeypatch):
             process.wait()
 
 
+@pytest.mark.long
 def test_workers_give_the_bits_of_one_process(tmp_path):
     """Of a recording of three strips, and random bits."""
     rng, shape = np.random.default_rng(0), (3, 9000, 64)
