@@ -40,9 +40,8 @@ from jaxaudit.safetensors_file import FileError, printable
 from jaxaudit.sources.model_folder import file_name
 from jaxaudit.spreading import SpreadingError, do_with_dask, share_of
 
-if (
-    TYPE_CHECKING
-):  # what draws is imported where something is to be drawn: it takes a third of a second
+# What draws is imported where something is to be drawn: it takes a third of a second.
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_AS_EXPECTED, WRONG_USAGE, BAD_INPUT, SELF_TEST_FAILED = 1, 2, 3, 4

@@ -21,7 +21,6 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from jaxaudit import floats
-from jaxaudit.arithmetics import tail_elements
 from jaxaudit.comparison import sum_groups
 from jaxaudit.ledger.courses import (
     MOMENTS,
@@ -286,15 +285,8 @@ class Counterfactual(Countable):
         """Mark, for each arithmetic, the elements of a vectorised kernel's scalar loop, where that matters."""
         bench = self._subject.bench
         nothing, found = jax.device_put(np.zeros(1, np.uint8), bench.device), []
-        for candidate, step in zip(self._recipes, self._steps, strict=True):
-            arithmetic, width = candidate.arithmetic, bench.recording.width
-            if arithmetic.tail == "none" or not any(step.reads_tail(x) for x in step.state):
-                found.append(nothing)
-                continue
-            elements, size = bench.recording.parameter_elements()
-            elements = elements[rows[0] * width : rows[1] * width]
-            threads = candidate.options.threads
-            tail = tail_elements(arithmetic, step.storage, elements, size, threads)
+        for candidate in self._recipes:
+            tail = bench.tail(candidate, rows)
             found.append(jax.device_put(tail, bench.device) if tail.any() else nothing)
         return found
 
